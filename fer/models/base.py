@@ -1,0 +1,193 @@
+"""The LightningModule every architecture shares: one step, counts on the device, the injected loss and optimiser."""
+
+import abc
+from typing import Any, Literal, TypedDict
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from fer.models.losses import ExpressionLoss
+from fer.models.optim import Recipe
+from fer.models.tally import Tally
+
+Batch = dict[str, Tensor]
+
+
+class ModuleOptions(TypedDict):
+    """Constructor arguments common to all architectures; every value comes from ``conf/model/<name>.yaml``.
+
+    Attributes:
+        class_names: names of the K outputs, in output order.
+        image_size: side in pixels of the square input.
+        mean, std: per-channel normalisation of an image in [0, 1]; applied by the data module, recorded here.
+        loss: the training loss.
+        optim: optimiser and schedule.
+    """
+
+    class_names: list[str]
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    loss: ExpressionLoss
+    optim: Recipe
+
+
+class ExpressionModule(LightningModule, abc.ABC):
+    """Base of all architectures.
+
+    A subclass assigns ``self.network`` and says which layer Grad-CAM looks at and what its features are; it may
+    override `loss` and `parameter_groups`.
+
+    Attributes:
+        leaky: a sentence when predictions of an image depend on the other images of its batch, else None; stamped on
+            every result.
+        weights: where the initial weights came from (``random``, ``timm/...``); recorded in every result.
+    """
+
+    network: nn.Module
+    leaky: str | None = None
+    weights: str = "random"
+
+    def __init__(
+        self,
+        *,
+        class_names: list[str],
+        image_size: int,
+        mean: list[float],
+        std: list[float],
+        loss: ExpressionLoss,
+        optim: Recipe,
+    ) -> None:
+        super().__init__()
+        self.class_names = list(class_names)
+        self.num_classes = len(self.class_names)
+        self.image_size = image_size
+        self.mean, self.std = list(mean), list(std)
+        self.loss_function = loss
+        self.optim = optim
+        self.tallies = nn.ModuleDict({stage: Tally(self.num_classes) for stage in ("train_", "val", "test")})
+
+    # -- what a subclass says -------------------------------------------------------------------------------------
+
+    @property
+    @abc.abstractmethod
+    def cam_layer(self) -> nn.Module:
+        """The last layer with a spatial output, for Grad-CAM."""
+
+    @abc.abstractmethod
+    def features(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D) pooled features, before dropout and classifier."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised -> (B, K) logits."""
+        logits: Tensor = self.network(image)
+        return logits
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean loss of a batch and its (B, K) logits."""
+        logits = self(batch["image"])
+        return self.loss_function(logits, batch), logits
+
+    def parameter_groups(self) -> list[dict[str, Any]] | list[nn.Parameter]:
+        """Trainable parameters, or groups with their own ``lr_scale`` or ``weight_decay``, for the optimiser."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    # -- the shared step ------------------------------------------------------------------------------------------
+
+    def tally(self, stage: Literal["train", "val", "test"]) -> Tally:
+        """Counts of one stage (``train`` is no legal name inside a module, hence the key)."""
+        tally = self.tallies["train_" if stage == "train" else stage]
+        assert isinstance(tally, Tally)
+        return tally
+
+    def probabilities(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, K) float32 probabilities; (B, V, 3, H, W) averages over the V views of each image."""
+        if image.ndim == 4:
+            return self(image).float().softmax(1)  # type: ignore[no-any-return]
+        logits = self(image.flatten(0, 1))
+        return logits.float().softmax(1).unflatten(0, image.shape[:2]).mean(1)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One optimisation step; counts predictions without reading anything back from the device."""
+        loss, logits = self.loss(batch)
+        self.tally("train").add(logits.detach().argmax(1), batch["label"], loss)
+        return loss
+
+    def _evaluate(self, batch: Batch, stage: Literal["val", "test"]) -> Tensor:
+        probabilities = self.probabilities(batch["image"])
+        # The loss people compare across runs is that of the label, whatever the training loss was.
+        loss = nn.functional.nll_loss(probabilities.clamp_min(1e-12).log(), batch["label"])
+        self.tally(stage).add_probabilities(probabilities, batch["label"], loss)
+        return probabilities
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count one validation batch."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Count one test batch and hand its probabilities to the prediction writer."""
+        probabilities = self._evaluate(batch, "test")
+        return {"index": batch["index"], "label": batch["label"], "probabilities": probabilities}
+
+    def _log_scores(self, stage: Literal["train", "val", "test"], *, keys: tuple[str, ...] | None = None) -> None:
+        scores = self.tally(stage).scores(self.class_names)
+        kept = {k: v for k, v in scores.items() if keys is None or k in keys}
+        bar = {"train": ("loss",), "val": ("mean_acc",), "test": ()}[stage]
+        self.log_dict({f"{stage}/{k}": v for k, v in kept.items() if k not in bar}, sync_dist=False)
+        self.log_dict({f"{stage}/{k}": v for k, v in kept.items() if k in bar}, prog_bar=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's training scores and start counting anew."""
+        self._log_scores("train", keys=("loss", "acc"))
+        self.tally("train").reset()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting anew."""
+        self.tally("val").reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation scores."""
+        self._log_scores("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting anew."""
+        self.tally("test").reset()
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test scores."""
+        self._log_scores("test")
+
+    # -- optimiser and checkpoint ---------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Tell the loss how often each class occurs in the training part."""
+        if stage == "fit":
+            counts = self.trainer.datamodule.class_counts("train")  # type: ignore[attr-defined]
+            self.loss_function.setup(torch.as_tensor(counts))
+
+    def configure_optimizers(self) -> Any:
+        """Build optimiser and schedule from the injected recipe."""
+        epochs = self.trainer.max_epochs or 1
+        steps = max(1, int(self.trainer.estimated_stepping_batches) // epochs)
+        return self.optim.configure(self.parameter_groups(), steps_per_epoch=steps, max_epochs=epochs)
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Clip as the recipe says; the paper's value belongs with its optimiser."""
+        self.optim.clip(self.parameters())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a checkpoint needs to be understood alone, and the counts of a half-done epoch."""
+        checkpoint["fer"] = {
+            "class_names": self.class_names,
+            "image_size": self.image_size,
+            "mean": self.mean,
+            "std": self.std,
+            "weights": self.weights,
+            "leaky": self.leaky,
+            "train_tally": self.tally("train").counts(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the counts of a half-done epoch back."""
+        self.tally("train").restore(checkpoint["fer"]["train_tally"])
