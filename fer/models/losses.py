@@ -1,0 +1,118 @@
+"""Losses on logits. All work in float32, whatever precision the network ran in."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fer.errors import UserError
+
+Batch = Mapping[str, Tensor]
+
+
+class ExpressionLoss(nn.Module):
+    """A loss over a batch: ``forward(logits (B, K), batch) -> scalar``."""
+
+    def setup(self, class_counts: Tensor) -> None:
+        """Learn the training part's images per class, (K,); most losses need none."""
+
+    def forward(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean loss of the batch, a float32 scalar."""
+        raise NotImplementedError
+
+
+class CrossEntropy(ExpressionLoss):
+    """Softmax cross-entropy: -log softmax(z)_y.
+
+    Args:
+        label_smoothing: Share of the target spread evenly over all classes.
+        class_weights: ``none``; ``balanced``, inverse to the class's share of the training part; ``sqrt``, the inverse
+            square root of it.
+    """
+
+    weight: Tensor | None
+
+    def __init__(self, label_smoothing: float, class_weights: Literal["none", "balanced", "sqrt"]) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.power = {"none": 0.0, "balanced": 1.0, "sqrt": 0.5}[class_weights]
+        self.register_buffer("weight", None, persistent=False)
+
+    def setup(self, class_counts: Tensor) -> None:
+        """Compute the class weights; their mean over the training images is 1."""
+        if self.power > 0:
+            weight = class_counts.clamp(min=1).float().pow(-self.power)
+            self.weight = weight * (class_counts.sum() / (class_counts * weight).sum())
+
+    def forward(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean over the batch, weighted by class if asked."""
+        if self.power > 0 and self.weight is None:
+            raise RuntimeError("setup(class_counts) must come before a class-weighted loss")
+        return F.cross_entropy(
+            logits.float(),
+            batch["label"],
+            self.weight,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class Focal(ExpressionLoss):
+    """Focal loss, Lin et al., arXiv 1708.02002: -(1 - p_y)^gamma log p_y; gamma 0 is cross-entropy."""
+
+    def __init__(self, gamma: float) -> None:
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean over the batch."""
+        log_p = logits.float().log_softmax(1).gather(1, batch["label"][:, None]).squeeze(1)
+        # 1 - p through expm1, so that confident images keep a gradient that is exact.
+        return -((-log_p.expm1()).pow(self.gamma) * log_p).mean()
+
+
+class ClassBalanced(ExpressionLoss):
+    """Class-balanced cross-entropy, Cui et al., arXiv 1901.05555, equation 10.
+
+    Weight of class c: (1 - beta) / (1 - beta^n_c), scaled so that the weights of the classes present sum to their
+    number.
+    """
+
+    weight: Tensor | None
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("weight", None, persistent=False)
+
+    def setup(self, class_counts: Tensor) -> None:
+        """Compute the class weights; classes without an image get 0."""
+        present = class_counts > 0
+        effective = (1 - self.beta ** class_counts.double()) / (1 - self.beta)
+        weight = torch.where(present, 1 / effective.clamp(min=1), 0.0)
+        self.weight = (weight * present.sum() / weight.sum()).float()
+
+    def forward(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean over the batch of weight times cross-entropy."""
+        if self.weight is None:
+            raise RuntimeError("setup(class_counts) must come before a class-balanced loss")
+        each = F.cross_entropy(logits.float(), batch["label"], reduction="none")
+        return (self.weight[batch["label"]] * each).mean()
+
+
+class SoftCrossEntropy(ExpressionLoss):
+    """Cross-entropy to a distribution of votes, Barsoum et al., arXiv 1608.01041: -sum_k q_k log p_k."""
+
+    def forward(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean over the batch.
+
+        Raises:
+            UserError: The data set has no vote distributions.
+        """
+        if "soft" not in batch:
+            raise UserError(
+                "loss=soft needs vote distributions, which this data set does not have: "
+                "use data=ferplus, or loss=cross_entropy"
+            )
+        return F.cross_entropy(logits.float(), batch["soft"].float())
