@@ -1,0 +1,49 @@
+"""Conv-cut's blocks: detail extraction, and two readings of its self-attention (Nan et al. 2025, arXiv 2504.09077)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def separable_conv(in_channels: int, out_channels: int, kernel: int, padding: int) -> nn.Sequential:
+    """Depthwise convolution of stride ``kernel``, pointwise convolution, ReLU: (B, C, H, W) -> (B, C', H', W')."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, in_channels, kernel, kernel, padding, groups=in_channels, bias=False),
+        nn.Conv2d(in_channels, out_channels, 1),
+        nn.ReLU(),
+    )
+
+
+class TokenAttention(nn.Module):
+    """One head of self-attention among the tokens of an image, residual, norm: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """LN(x + W_O softmax(Q K^T / sqrt(D)) V)."""
+        attended = F.scaled_dot_product_attention(self.query(tokens), self.key(tokens), self.value(tokens))
+        result: Tensor = self.norm(tokens + self.out(attended))
+        return result
+
+
+class BatchAttention(nn.Module):
+    """Attention among the *images of a batch*: softmax(s Z Z^T) Z over (B, D).
+
+    What the released Conv-cut code computes, Keras' ``Attention(use_scale=True)`` being fed a rank-2 tensor. An
+    image's prediction then depends on its neighbours, so scores on a test set sorted by class are void. It exists to
+    measure that leak.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+        return (self.scale * z @ z.T).softmax(1) @ z
