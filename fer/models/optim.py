@@ -142,6 +142,7 @@ class Recipe:
 
     def clip(self, parameters: Iterable[Tensor]) -> None:
         """Clip gradients in place as the recipe says."""
+        parameters = list(parameters)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         if self.clip_value is not None:
@@ -185,5 +186,7 @@ def layer_decay_groups(network: nn.Module, decay: float, lr_scale: float = 1.0) 
         decay: Ratio of a layer's learning rate to the next one's; 1 gives all layers the same.
         lr_scale: Multiplier of the last layer's learning rate.
     """
+    if decay == 1:
+        return [{"params": list(network.parameters()), "lr_scale": lr_scale}]
     groups = param_groups_layer_decay(network, layer_decay=decay)
     return [{"params": group["params"], "lr_scale": lr_scale * group["lr_scale"]} for group in groups]
