@@ -1,0 +1,132 @@
+"""Your own images: a folder per class, with or without folders for the parts.
+
+root/happy/a.jpg                       no official split; the protocol makes one
+root/train/happy/a.jpg, root/test/...  the parts are taken as official
+root/subjects.csv                      optional: path,subject (paths relative to the csv's folder)
+"""
+
+from pathlib import Path
+from typing import Unpack
+
+import numpy as np
+
+from fer.data.base import DataOptions, ExpressionDataModule
+from fer.data.images import list_images, safe_join, subfolders
+from fer.data.manifest import Array, Manifest
+from fer.data.tables import Skipped, find_form, read_rows
+from fer.errors import UserError
+from fer.labels import canonical_all
+
+_PARTS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+class Folder(ExpressionDataModule):
+    """Images in one folder per class.
+
+    Class names become canonical (``happy`` is ``happiness``) when all of them are known expressions; otherwise they
+    stay as they are.
+
+    Args:
+        form: ``auto``, ``parts`` (train/<class>, test/<class> ...) or ``classes`` (<class> directly).
+        options: see `DataOptions`.
+    """
+
+    title = "folder of images"
+    expected_tree = """\
+<class>/*.jpg                   one folder per class, no official split; or
+{train,val,test}/<class>/*.jpg  with the parts given
+subjects.csv                    optional, with the columns path,subject"""
+    request = "your own pictures"
+
+    def __init__(self, *, form: str, **options: Unpack[DataOptions]) -> None:
+        super().__init__(**options)
+        self.form = form
+        self.manifest_options = {"form": form}
+
+    def manifest(self) -> Manifest:
+        """List the class folders.
+
+        Raises:
+            UserError: no class folder has an image, or subjects.csv does not fit the images.
+        """
+        detectors = {
+            "parts": lambda folder: any(_classes(path) for path, _ in _part_folders(folder)),
+            "classes": lambda folder: not _part_folders(folder) and bool(_classes(folder)),
+        }
+        found = find_form(Path(self.root), self.form, detectors)
+        if found is None:
+            raise self.missing("one folder per class with JPEG, PNG, WEBP or BMP files in it")
+        form, folder = found
+        items, names, parts = [], [], []
+        skipped: Skipped = []
+        for directory, part in _part_folders(folder) if form == "parts" else [(folder, "")]:
+            for class_folder in _classes(directory):
+                prefix = class_folder.relative_to(self.root).as_posix()
+                files, left_out = list_images(class_folder)
+                skipped += [(f"{prefix}/{file}", reason) for file, reason in left_out]
+                items += [f"{prefix}/{file}" for file in files]
+                names += [class_folder.name] * len(files)
+                parts += [part] * len(files)
+        class_of = _class_names(set(names))
+        class_names = tuple(sorted(set(class_of.values())))
+        item = np.array(items, dtype=str)
+        return Manifest(
+            item=item,
+            label=np.array([class_names.index(class_of[name]) for name in names], dtype=np.int64),
+            class_names=class_names,
+            split=np.array(parts, dtype=str),
+            form="folders by part and class" if form == "parts" else "one folder per class",
+            subject=self._subjects(folder, item),
+            skipped=tuple(skipped),
+        )
+
+    def _subjects(self, folder: Path, item: Array) -> Array | None:
+        """(N,) str from subjects.csv, None where there is none."""
+        path = next(
+            (place / "subjects.csv" for place in (folder, Path(self.root)) if (place / "subjects.csv").is_file()), None
+        )
+        if path is None:
+            return None
+        subject_of: dict[str, str] = {}
+        malformed: Skipped = []
+        for row, values in read_rows(path, ("path", "subject"), malformed, required=("path", "subject")):
+            file = safe_join(path.parent, values["path"], f"{path}, row {row}")
+            if not values["subject"]:
+                raise UserError(f"{path}, row {row}: no subject for {values['path']}; fill it in")
+            subject_of[file.relative_to(self.root).as_posix()] = values["subject"]
+        if malformed:
+            raise UserError(f"{path}: {malformed[0][0]} has {malformed[0][1]} (path,subject); correct that row")
+        unnamed = [name for name in item.tolist() if name not in subject_of]
+        if unnamed:
+            raise UserError(
+                f"{path}: {len(unnamed)} of {len(item)} images have no row, the first is {unnamed[0]}; add them, or "
+                "remove subjects.csv to split without regard to people"
+            )
+        return np.array([subject_of[name] for name in item.tolist()], dtype=str)
+
+
+def _part_folders(folder: Path) -> list[tuple[Path, str]]:
+    """(folder, part) of train, val and test folders."""
+    return [(path, _PARTS[path.name.lower()]) for path in subfolders(folder) if path.name.lower() in _PARTS]
+
+
+def _classes(folder: Path) -> list[Path]:
+    """Folders directly in ``folder`` that hold an image."""
+    return [path for path in subfolders(folder) if list_images(path)[0]]
+
+
+def _class_names(names: set[str]) -> dict[str, str]:
+    """Class name of each folder name: canonical when all are expressions."""
+    ordered = sorted(names)
+    try:
+        return dict(zip(ordered, canonical_all(ordered), strict=True))
+    except UserError:
+        return {name: name for name in ordered}

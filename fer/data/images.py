@@ -1,0 +1,167 @@
+"""Image files: the one decoding rule, used by every reader, by prediction and by serving alike.
+
+The rule, on every machine and in every command:
+
+- JPEG, PNG, WEBP and BMP, told apart by content and never by extension; anything else is refused.
+- A file cut short is refused, also a JPEG that lacks only its end marker: libjpeg fills what is missing with grey, so
+  nothing shows afterwards that pixels are invented.
+- More than `MAX_PIXELS` are refused from the header, before memory is spent.
+- 16-bit grey is divided by 257 (65535 becomes 255). 16-bit colour keeps its high byte, at most one level away.
+- Transparent pixels are laid over white, as a viewer shows them.
+- CMYK and palette pictures become RGB; the EXIF orientation is applied.
+- Animations are refused. Of an MPO file (a JPEG with further views) the first view is read.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from fer.errors import UserError
+
+MAX_PIXELS = 50_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+# Pictures people keep in class folders that the rule above does not read: worth a line in the report, unlike notes.txt.
+_OTHER_PICTURES = (".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2")
+_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class BadImage(Exception):  # noqa: N818 - a finding to be listed, not always an error
+    """An image that cannot be used.
+
+    Attributes:
+        path: the file.
+        reason: why, in a few words for a table.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+def read_image(path: Path) -> Pixels:
+    """Decode an image file by the rule of this module.
+
+    Returns:
+        (H, W) uint8 for a grey file, otherwise (H, W, 3) uint8 RGB.
+
+    Raises:
+        BadImage: the file is missing, not a regular file, empty, truncated, too large or of another format.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise BadImage(path, "no such file" if isinstance(error, FileNotFoundError) else str(error)) from error
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for ever
+        raise BadImage(path, "not a regular file")
+    if status.st_size == 0:
+        raise BadImage(path, "the file is empty (0 bytes)")
+    try:
+        with PIL.Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BadImage(
+                    path,
+                    f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million",
+                )
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                raise BadImage(path, "an animation, not a single picture")
+            return _to_uint8(_upright(image))
+    except BadImage:
+        raise
+    except PIL.UnidentifiedImageError as error:
+        raise BadImage(path, f"content is not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise BadImage(path, f"more than {MAX_PIXELS // 1_000_000} million pixels") from error
+    except Exception as error:  # damaged bytes make decoders raise nearly anything
+        reason = "cut short (truncated)" if "truncated" in str(error) else f"cannot be decoded ({error})"
+        raise BadImage(path, reason) from error
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Apply the EXIF orientation; an EXIF block that cannot be read says nothing about it."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # hostile or damaged EXIF, while the pixels may be sound
+        orientation = None
+    image.load()
+    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+
+
+def _to_uint8(image: PIL.Image.Image) -> Pixels:
+    """Bring any Pillow mode to 8-bit grey or RGB."""
+    if image.mode.startswith("I;16"):
+        return np.rint(np.asarray(image, dtype=np.uint16) / 257).astype(np.uint8)
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+
+
+def safe_join(root: Path, relative: str, source: str = "") -> Path:
+    r"""The file a table names, refused unless it lies under ``root``.
+
+    Args:
+        root: folder the name is relative to.
+        relative: the name as written in the table, ``/`` or ``\`` between its parts.
+        source: the table and row, for the message: ``"training.csv row 7"``.
+
+    Raises:
+        UserError: the name is empty, absolute, has a ``..``, or leads through a link to outside ``root``.
+    """
+    parts = relative.replace("\\", "/").split("/")
+    where = f"{source}: " if source else ""
+    if not relative or "\0" in relative or parts[0] == "" or parts[0].endswith(":") or ".." in parts:
+        raise UserError(f"{where}the path '{relative}' must be relative and stay under {root}; correct that row")
+    path = root.joinpath(*parts)
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{where}'{relative}' is a link leading outside {root}; copy the file there or drop that row")
+    return path
+
+
+def list_images(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """Names of the picture files directly in ``folder``, sorted.
+
+    Returns:
+        The names with a readable extension, and (name, reason) of pictures that are left out. Hidden files and files
+        that are no pictures are passed over in silence.
+    """
+    names, left_out = [], []
+    for name in sorted(os.listdir(folder)):
+        extension = os.path.splitext(name)[1].lower()
+        if name.startswith(".") or extension not in EXTENSIONS + _OTHER_PICTURES:
+            continue
+        if any("\udc80" <= letter <= "\udcff" for letter in name):  # bytes that are no UTF-8
+            left_out.append((ascii(name), "the file name is not valid text; rename the file"))
+        elif extension in _OTHER_PICTURES:
+            left_out.append((name, f"{extension} is not read, only {', '.join(FORMATS)}"))
+        else:
+            names.append(name)
+    return names, left_out
+
+
+def subfolders(folder: Path) -> Iterator[Path]:
+    """Folders directly in ``folder``, sorted, without hidden ones and those that archive tools leave behind."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith((".", "__MACOSX")):
+            yield path
