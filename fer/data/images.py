@@ -92,7 +92,7 @@ def read_image(path: Path) -> Pixels:
     except PIL.Image.DecompressionBombError as error:
         raise BadImage(path, f"more than {MAX_PIXELS // 1_000_000} million pixels") from error
     except Exception as error:  # damaged bytes make decoders raise nearly anything
-        reason = "cut short (truncated)" if "truncated" in str(error) else f"cannot be decoded ({error})"
+        reason = "cut short (truncated)" if "truncated" in str(error).lower() else f"cannot be decoded ({error})"
         raise BadImage(path, reason) from error
 
 

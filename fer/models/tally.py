@@ -66,7 +66,7 @@ class Tally(nn.Module):
         return self.confusion.cpu().numpy().reshape(self.num_classes, self.num_classes)
 
     def scores(self, class_names: list[str]) -> dict[str, float]:
-        """Everything `fer.metrics.scores` gives, with ``loss``; ``nll`` and ``ece`` where probabilities were counted."""
+        """What `fer.metrics.scores` gives, with ``loss``; ``nll`` and ``ece`` where probabilities were counted."""
         n, loss, nll = self.sums.cpu().tolist()
         out = scores(self.confusion_matrix(), class_names)
         out["loss"] = loss / n if n else float("nan")

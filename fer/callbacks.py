@@ -1,0 +1,261 @@
+"""What a run writes while it trains and tests: curves, checkpoints, confusion matrices, predictions, W&B's pictures."""
+
+import math
+import resource
+import time
+from typing import Any
+
+import lightning
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from torch import Tensor
+
+from fer.data.base import ExpressionDataModule
+from fer.loggers import Wandb
+from fer.metrics import Array
+from fer.models.base import ExpressionModule
+from fer.reporting.figures import confusion_figure
+from fer.runs import RunFolder, read_json, write_json, write_text
+
+MONITOR = "val/mean_acc"
+WORST_IMAGES = 32  # confidently wrong images shown on W&B
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of its finished children."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def _data_of(trainer: lightning.Trainer) -> ExpressionDataModule:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, ExpressionDataModule)
+    return data
+
+
+class Randomness(Callback):
+    """Seeds torch before every step from (seed, step), so that dropout draws the same after a resume."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Reseed; the multiplier keeps neighbouring seeds' streams apart."""
+        torch.manual_seed(self.seed * 1_000_000_007 + trainer.global_step)
+
+
+def save_confusion(folder: RunFolder, part: str, counts: Array, class_names: list[str], title: str) -> None:
+    """Write ``confusion_<part>.json`` and ``.png``."""
+    record = {"part": part, "class_names": class_names, "counts": counts.tolist(), "rows": "labels"}
+    write_json(folder.path / f"confusion_{part}.json", record)
+    confusion_figure(counts, class_names, title).savefig(folder.path / f"confusion_{part}.png", dpi=120)
+
+
+class Recorder(Checkpoint):
+    """Curves, ``best.ckpt``, ``last.ckpt`` and the validation confusion matrix; its own state is in the checkpoint.
+
+    Derives from Lightning's `Checkpoint` only to be called after the module has logged its epoch.
+
+    Attributes:
+        history: one row of metrics per finished epoch.
+        best: best value of the monitor so far.
+        best_epoch: its epoch, counted from 0.
+        seconds, cpu: wall and CPU time of all sessions of this run up to the last checkpoint.
+        resumed_from_step: optimiser step this session began at, None for an uninterrupted run.
+    """
+
+    def __init__(self, folder: RunFolder, minutes: float, steps: int | None) -> None:
+        self.folder, self.minutes, self.steps = folder, minutes, steps
+        self.history: list[dict[str, float]] = []
+        self.best = -math.inf
+        self.best_epoch = -1
+        self.seconds = self.cpu = 0.0
+        self.rates: list[float] = []
+        self.resumed_from_step: int | None = None
+        self._mark = (time.monotonic(), cpu_seconds())
+        self._saved = time.monotonic()
+        self._epoch_began: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        self._count_time()
+        return {
+            "history": self.history,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "seconds": self.seconds,
+            "cpu": self.cpu,
+            "rates": self.rates,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the curves and clocks of the checkpoint."""
+        for key, value in state_dict.items():
+            setattr(self, key, value)
+
+    def _count_time(self) -> None:
+        now = (time.monotonic(), cpu_seconds())
+        self.seconds += now[0] - self._mark[0]
+        self.cpu += now[1] - self._mark[1]
+        self._mark = now
+
+    def _save_last(self, trainer: lightning.Trainer) -> None:
+        trainer.save_checkpoint(self.folder.last)
+        self._saved = time.monotonic()
+
+    def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Note where a resumed session begins."""
+        if trainer.global_step:
+            self.resumed_from_step = trainer.global_step
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """Start the epoch's clock."""
+        self._epoch_began = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save within an epoch when it is time; the epoch's end has its own checkpoint."""
+        if batch_idx + 1 == trainer.num_training_batches:
+            if self._epoch_began is not None:
+                images = trainer.num_training_batches * len(batch["label"]) * trainer.world_size
+                self.rates.append(images / (time.monotonic() - self._epoch_began))
+            return
+        due = time.monotonic() - self._saved > 60 * self.minutes
+        if due or (self.steps is not None and trainer.global_step % self.steps == 0):
+            self._save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """One row of the curves; best and last checkpoint."""
+        assert isinstance(module, ExpressionModule)
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        self.history.append(row | metrics)
+        value = metrics.get(MONITOR, math.nan)
+        if value > self.best:
+            self.best, self.best_epoch = value, trainer.current_epoch
+            trainer.save_checkpoint(self.folder.best, weights_only=True)
+            counts = module.tally("val").confusion_matrix()
+            title = f"validation, epoch {self.best_epoch + 1}: mean class accuracy {100 * value:.2f} %"
+            save_confusion(self.folder, "val", counts, module.class_names, title)
+        write_text(self.folder.path / "metrics.csv", pd.DataFrame(self.history).to_csv(index=False))
+        self._save_last(trainer)
+
+
+class Predictions(Callback):
+    """Collects the test part's probabilities, checks that each image came once, writes ``predictions.csv``.
+
+    Attributes:
+        label: (n,) true classes; known after the test.
+        probabilities: (n, K) float32.
+        rows: (n,) rows of the manifest, ascending.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._outputs: list[dict[str, Tensor]] = []
+        self.label: Array = np.empty(0)
+        self.probabilities: Array = np.empty(0)
+        self.rows: Array = np.empty(0)
+
+    def on_test_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        """Keep one batch."""
+        self._outputs.append(outputs)
+
+    def on_test_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Write the table and the confusion matrix.
+
+        Raises:
+            RuntimeError: the test did not see each test image exactly once.
+        """
+        data = _data_of(trainer)
+        assert isinstance(module, ExpressionModule)
+        rows, label, probabilities = (
+            torch.cat([o[key] for o in self._outputs]).cpu().numpy() for key in ("index", "label", "probabilities")
+        )
+        self._outputs.clear()
+        order = np.argsort(rows)
+        self.rows, self.label, self.probabilities = rows[order], label[order], probabilities[order]
+        if not np.array_equal(self.rows, np.sort(data.split.test)):
+            raise RuntimeError(f"the test saw {len(rows)} images, the test part has {len(data.split.test)}")
+        names = np.array(data.class_names)
+        manifest = data.store.manifest
+        table = pd.DataFrame({"index": self.rows, "item": manifest.item[self.rows]})
+        table["subject"] = manifest.subject[self.rows] if manifest.subject is not None else ""
+        table["label"], table["predicted"] = names[self.label], names[self.probabilities.argmax(1)]
+        for k, name in enumerate(data.class_names):
+            table[name] = self.probabilities[:, k]
+        # Nine significant digits bring every float32 back exactly.
+        write_text(self.folder.predictions, table.to_csv(index=False, float_format="%.9g"))
+        counts = module.tally("test").confusion_matrix()
+        accuracy = 100 * counts.trace() / max(counts.sum(), 1)
+        save_confusion(
+            self.folder, "test", counts, data.class_names, f"test: accuracy {accuracy:.2f} %, n = {counts.sum()}"
+        )
+
+
+class WandbPictures(Callback):
+    """After the test: both confusion matrices, as image and as W&B's chart, and the most confidently wrong images."""
+
+    def __init__(self, folder: RunFolder, predictions: Predictions, recorder: Recorder) -> None:
+        self.folder, self.predictions, self.recorder = folder, predictions, recorder
+
+    def on_test_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Log everything in one call, on no step of its own."""
+        logger = trainer.logger
+        if not isinstance(logger, Wandb):
+            return
+        import wandb
+
+        data = _data_of(trainer)
+        content: dict[str, Any] = {}
+        for part in ("val", "test"):
+            counts = np.array(read_json(self.folder.path / f"confusion_{part}.json")["counts"])
+            label, predicted = np.nonzero(counts)
+            repeats = counts[label, predicted]
+            content[f"{part}/confusion_image"] = wandb.Image(str(self.folder.path / f"confusion_{part}.png"))
+            content[f"{part}/confusion"] = wandb.plot.confusion_matrix(
+                y_true=np.repeat(label, repeats).tolist(),
+                preds=np.repeat(predicted, repeats).tolist(),
+                class_names=data.class_names,
+                title=f"{part} confusion matrix",
+            )
+        content["test/most_confidently_wrong"] = self._wrong(data, wandb)
+        run = logger.experiment
+        run.log(content)
+        run.summary["best_epoch"] = self.recorder.best_epoch
+        run.summary[f"best/{MONITOR}"] = self.recorder.best
+
+    def _wrong(self, data: ExpressionDataModule, wandb: Any) -> Any:
+        label, probabilities = self.predictions.label, self.predictions.probabilities
+        predicted, confidence = probabilities.argmax(1), probabilities.max(1)
+        wrong = np.flatnonzero(predicted != label)
+        table = wandb.Table(columns=["image", "item", "label", "predicted", "confidence"])
+        for i in wrong[np.argsort(-confidence[wrong])][:WORST_IMAGES]:
+            row = self.predictions.rows[i]
+            image = np.asarray(data.store.images[row])
+            names = data.class_names
+            table.add_data(
+                wandb.Image(image[..., 0] if image.shape[-1] == 1 else image),
+                str(data.store.manifest.item[row]),
+                names[label[i]],
+                names[predicted[i]],
+                float(confidence[i]),
+            )
+        return table
+
+
+def measure_flops(module: ExpressionModule) -> int:
+    """Forward FLOPs of one image, counting a multiply-add as two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parameter = next(module.parameters())
+    image = torch.zeros(1, 3, module.image_size, module.image_size, device=parameter.device)
+    was_training = module.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module.eval()(image)
+    module.train(was_training)
+    return int(counter.get_total_flops())

@@ -1,0 +1,183 @@
+"""Configs are data: what they may name, and what is checked before any of it acts.
+
+Hydra instantiates whatever a ``_target_`` names, under ``hydra.*`` already before a command's own code runs. So every
+command first composes the config itself, the way Hydra will, and holds each target against an allow-list, by name,
+without importing it. Nothing here imports torch: help and mistyped options answer at once.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fer.errors import UserError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+USER_MISTAKE = 2
+
+# A target is one class directly in one of these modules; never a function, never a module reached through another.
+ALLOWED_MODULES = (
+    r"fer(\.[a-z][a-z0-9_]*)+",
+    r"torch\.optim",
+    r"torch\.optim\.lr_scheduler",
+    r"lightning\.pytorch\.callbacks",
+    r"albumentations",
+    r"hydra\._internal\.core_plugins\.basic_(launcher|sweeper)",
+    r"hydra_plugins\.hydra_(joblib_launcher|submitit_launcher|ray_launcher|optuna_sweeper)\.[a-z_]+",
+    r"optuna\.samplers",
+)
+_ALLOWED = re.compile(rf"(?P<module>{'|'.join(ALLOWED_MODULES)})\.(?P<name>[A-Z][A-Za-z0-9]*)")
+_ALLOWED_LOG_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter")
+_ALLOWED_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+
+
+def _walk(node: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield (path of the holder, key, value) of every key in a plain container."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield path, str(key), value
+        yield from _walk(value, f"{path}.{key}" if path else str(key))
+
+
+def target_problem(target: Any) -> str | None:
+    """Why a ``_target_`` may not be used, or None. Decided from its name alone, nothing is imported."""
+    found = _ALLOWED.fullmatch(target) if isinstance(target, str) else None
+    if found is None:
+        return "it is not on the allow-list (a class of fer, torch.optim, albumentations or Lightning's callbacks)"
+    module = found["module"]
+    if module.startswith("fer.") and not (CONF.parent / (module.replace(".", "/") + ".py")).is_file():
+        return f"fer has no module {module}"
+    return None
+
+
+def unsafe_entries(config: DictConfig) -> list[str]:
+    """Every entry of a config, ``hydra.*`` included, that would run something not on the allow-list."""
+    problems = []
+    for path, key, value in _walk(OmegaConf.to_container(config, resolve=False)):
+        if key == "_target_":
+            why = target_problem(value)
+            if why:
+                problems.append(f"{path}._target_={value} is refused: {why}")
+        elif "logging" in path.split(".")[0:2] or path.startswith(("hydra.job_logging", "hydra.hydra_logging")):
+            # These go to logging.config.dictConfig, which calls what "()" or "class" names.
+            bad_class = key == "class" and value not in _ALLOWED_LOG_CLASSES
+            bad_stream = isinstance(value, str) and "ext://" in value and value not in _ALLOWED_STREAMS
+            if key in ("()", "factory") or bad_class or bad_stream:
+                problems.append(
+                    f"{path}.{key}={value} is refused: logging may use {', '.join(_ALLOWED_LOG_CLASSES)} only"
+                )
+    return problems
+
+
+def compose_like_hydra(config_name: str, argv: list[str]) -> DictConfig:
+    """The config Hydra will compose from this command line, ``hydra`` node included, sweeps left open.
+
+    Raises:
+        HydraException or OmegaConfBaseException: a mistyped option, as Hydra words it.
+    """
+    args = get_args_parser().parse_args(argv)
+    if args.config_path or args.config_dir:
+        # Both would let Hydra read another folder's YAML than the one checked here.
+        raise UserError("--config-path and --config-dir are not used here; add files under conf/ or use overrides")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        return loader.load_configuration(
+            config_name=args.config_name or config_name,
+            overrides=args.overrides,
+            run_mode=RunMode.MULTIRUN,
+            from_shell=True,
+        )
+
+
+def refuse_unsafe(config: DictConfig) -> None:
+    """Raise UserError naming every refused entry."""
+    problems = unsafe_entries(config)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def guarded(command: Callable[[], Any]) -> Any:
+    """Run a command; a user's mistake becomes its sentence and exit code 2, without a traceback.
+
+    ``FER_DEBUG=1`` shows the traceback.
+    """
+    try:
+        return command()
+    except UserError as error:
+        if os.environ.get("FER_DEBUG") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_MISTAKE)
+
+
+def check_command_line(config_name: str, argv: list[str]) -> None:
+    """Compose and check before Hydra acts: exit 1 with Hydra's words for a mistyped option, 2 for a refused target."""
+    if any(flag in argv for flag in ("--help", "-h", "--hydra-help", "--version")):
+        argv = [word for word in argv if not word.startswith("-")]
+    try:
+        config = compose_like_hydra(config_name, argv)
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    guarded(lambda: refuse_unsafe(config))
+
+
+def argument_problems(config: dict[str, Any]) -> list[str]:
+    """Targets that cannot be imported or do not take the arguments given: names only, values are theirs to check.
+
+    Args:
+        config: resolved plain config, its targets already found on the allow-list.
+    """
+    problems = []
+    nodes = [("", config), *((f"{p}.{k}".strip("."), v) for p, k, v in _walk(config) if isinstance(v, dict))]
+    for path, node in nodes:
+        if "_target_" not in node:
+            continue
+        module, _, name = str(node["_target_"]).rpartition(".")
+        try:
+            target = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            problems.append(f"{path}._target_={node['_target_']} cannot be imported: {error}")
+            continue
+        known, required, takes_any = accepted_arguments(target)
+        given = {key for key in node if not (key.startswith("_") and key.endswith("_"))}
+        problems += [
+            f"{path}.{key}: {name} takes no such argument ({', '.join(sorted(known))})"
+            for key in sorted(given - known)
+            if not takes_any
+        ]
+        if not node.get("_partial_", False):
+            problems += [f"{path}.{key} is missing: {name} needs it" for key in sorted(required - given)]
+    return problems
+
+
+def accepted_arguments(target: type) -> tuple[set[str], set[str], bool]:
+    """Names a class takes, those it needs, and whether it takes anything.
+
+    A constructor that hands ``**options`` on to its base takes what the base takes.
+    """
+    known: set[str] = set()
+    required: set[str] = set()
+    for owner in inspect.getmro(target):
+        if "__init__" not in vars(owner):
+            continue
+        parameters = inspect.signature(owner).parameters.values()
+        known |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        named = (p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        required |= {p.name for p in named if p.default is p.empty}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return known, required, False
+    return known, required, True

@@ -1,0 +1,146 @@
+"""Lightning's Trainer with what a run here adds: precision and threads chosen by measurement, atomic checkpoints."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import nn
+
+from fer.errors import UserError
+from fer.runs import write_json
+
+log = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints appear under their name only when whole, and load as data only.
+
+    Lightning's own writer stages in the system's temporary folder and moves, which is not atomic across file systems.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write beside ``path``, flush to the disk, rename."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        """Load tensors and plain containers; anything else in the file is refused, whatever the caller asks."""
+        return load_checkpoint(Path(path))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it.
+
+    Raises:
+        UserError: missing, truncated, or holding more than tensors and plain containers.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: expected a checkpoint written by python -m fer.train") from None
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} cannot be loaded as a checkpoint of tensors and plain values ({first_line})") from None
+    return content
+
+
+def auto_precision() -> str:
+    """bf16 autocast where the hardware computes in it, else single precision."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16-mixed" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "32-true"
+
+
+class Trainer(lightning.Trainer):
+    """`lightning.Trainer` with three more arguments; all others are Lightning's own.
+
+    Args:
+        threads: CPU threads, a number or ``auto``; see `choose_threads`.
+        channels_last: keep images and weights channels-last, which convolutions prefer.
+        patience: stop when the validation monitor has not improved for so many epochs; None trains to the end.
+        checkpoint_minutes: minutes between checkpoints within an epoch.
+        checkpoint_steps: steps between checkpoints within an epoch, on top; None leaves it to the minutes.
+        precision: Lightning's, or ``auto``.
+        lightning_options: Lightning's other arguments, by their own names.
+    """
+
+    def __init__(
+        self,
+        *,
+        threads: int | str,
+        channels_last: bool,
+        patience: int | None,
+        checkpoint_minutes: float,
+        checkpoint_steps: int | None,
+        precision: str,
+        **lightning_options: Any,
+    ) -> None:
+        if not (threads == "auto" or (isinstance(threads, int) and threads >= 1)):
+            raise UserError(f"trainer.threads={threads} is neither a positive number nor auto")
+        self.threads, self.channels_last, self.patience = threads, channels_last, patience
+        self.checkpoint_minutes, self.checkpoint_steps = checkpoint_minutes, checkpoint_steps
+        chosen: Any = auto_precision() if precision == "auto" else precision
+        super().__init__(
+            precision=chosen,
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,  # our loaders know their rank; Lightning's sampler would repeat test images
+            **lightning_options,
+        )
+
+
+def choose_threads(network: nn.Module, image: torch.Tensor, cache: Path, bf16: bool) -> int:
+    """One CPU thread or all of them: whichever runs a few forward and backward passes sooner.
+
+    Several threads can be ten times slower than one on a machine that others use too, so this is measured, not
+    assumed. The choice is kept in the cache folder by machine and workload: another choice in a second run could
+    change the last bits of its sums.
+
+    Args:
+        network: the model; its parameters' gradients are cleared afterwards, its buffers restored.
+        image: (B, 3, H, W), one training batch.
+        cache: folder for the remembered choice.
+        bf16: run under bf16 autocast.
+    """
+    everything = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if everything == 1:
+        return 1
+    size = sum(p.numel() for p in network.parameters())
+    facts = [platform.node(), platform.processor(), everything, torch.__version__, type(network).__name__, size, bf16]
+    key = hashlib.sha256(json.dumps([*facts, list(image.shape)]).encode()).hexdigest()[:16]
+    remembered = cache / "threads" / f"{key}.json"
+    if remembered.exists():
+        return int(json.loads(remembered.read_text())["threads"])
+    buffers = {name: value.clone() for name, value in network.named_buffers()}
+    seconds: dict[int, list[float]] = {1: [], everything: []}
+    for _ in range(4):  # interleaved, so that a passing load on the machine meets both; the first round warms up
+        for threads, times in seconds.items():
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                network(image).float().logsumexp(1).sum().backward()
+            times.append(time.perf_counter() - start)
+    network.zero_grad(set_to_none=True)
+    for name, value in network.named_buffers():
+        value.copy_(buffers[name])
+    median = {threads: statistics.median(times[1:]) for threads, times in seconds.items()}
+    best = min(median, key=lambda threads: median[threads])
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    write_json(remembered, {"threads": best, "seconds": median})
+    log.info("threads: %d (a step took %s s)", best, {k: round(v, 3) for k, v in median.items()})
+    return best
