@@ -43,7 +43,7 @@ _TRANSPOSE = {
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class BadImage(Exception):  # noqa: N818 - a finding to be listed, not always an error
+class BadImage(Exception):
     """An image that cannot be used.
 
     Attributes:

@@ -1,0 +1,338 @@
+"""The data module every data set shares: from a root folder to batches.
+
+    Manifest -> split -> store (decoded uint8) -> loader -> batch
+
+A data set is a subclass with a few class attributes, its own options and `manifest()`. The base class owns the rest:
+finding the root, the message when it is missing, decoding, the protocol's split and its checks, the store, the
+loaders, counts and augmentation.
+
+A batch is a dict: ``image`` (B, 3, H, W) float32 normalised, ``label`` (B,) int64, ``index`` (B,) int64 rows of the
+manifest, and where the data has them ``soft`` (B, K) and ``valence_arousal`` (B, 2).
+"""
+
+import abc
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, TypedDict
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+
+from fer.data.images import BadImage, read_image
+from fer.data.loaders import EpochSampler, Order, ResidentLoader, StoreDataset, WorkerLoader
+from fer.data.manifest import PARTS, Array, Manifest, Part
+from fer.data.splits import PAIRS, Protocol, Split
+from fer.data.store import Store, open_store, stat_fingerprint
+from fer.data.transforms import TTA_VIEWS, Augment, Finish, PerImage
+from fer.errors import UserError
+from fer.labels import index_map
+
+log = logging.getLogger(__name__)
+
+Image = np.ndarray[Any, np.dtype[np.uint8]]
+RESIDENT_SHARE = 0.5  # of the accelerator's free memory that a store may take under resident=auto
+RESIDENT_CPU_SIDE = 64  # px; on a CPU batched augmentation beats per-image up to about this side and loses at 224
+
+
+class DataOptions(TypedDict):
+    """Options common to all data sets; every value comes from ``conf/data/_common.yaml`` and the data set's YAML.
+
+    Attributes:
+        root: folder of the data set.
+        class_names: names and order of the model's outputs; images of other classes are left out. None: the data's.
+        image_size: side in pixels of the network's input.
+        mean, std: per-channel normalisation of an image in [0, 1].
+        store_size: side in pixels of the images in the store.
+        channels: channels in the store, 1 or 3; the network always sees 3.
+        batch_size, eval_batch_size: images per step.
+        num_workers: worker processes when the data is not resident.
+        resident: ``auto``, ``yes`` or ``no``: keep the whole store on the device and augment batched there.
+        on_bad_image: ``fail`` or ``skip`` unreadable images.
+        sampling: ``plain`` (each image once per epoch), ``balanced`` or ``sqrt`` (drawn with replacement with weight
+            1/n or 1/sqrt(n) of the image's class).
+        augment: the augmentation recipe.
+        tta: views averaged at test: ``none``, ``flip``, ``five_crop``, ``ten_crop``.
+        protocol: how the data is split.
+        seed: the run's seed, for order and augmentation.
+        cache: folder of the stores.
+    """
+
+    root: str
+    class_names: list[str] | None
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    store_size: int
+    channels: int
+    batch_size: int
+    eval_batch_size: int
+    num_workers: int
+    resident: str
+    on_bad_image: str
+    sampling: str
+    augment: Augment
+    tta: str
+    protocol: Protocol
+    seed: int
+    cache: str
+
+
+def _one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"data.{key}={value} is not one of {', '.join(map(str, allowed))}")
+
+
+class ExpressionDataModule(LightningDataModule, abc.ABC):
+    """Base of all data sets. See `DataOptions` for the constructor's arguments.
+
+    Attributes:
+        class_names: names in the order of the labels in batches; known after `open`.
+        store: the decoded images; known after `open`.
+        label: (N,) labels of the store's images in the order of ``class_names``, -1 for classes left out.
+        split: rows of each part; known after `open`.
+        manifest_options: the subclass's options that change its manifest or pixels; part of the store's key.
+    """
+
+    title: ClassVar[str]  # the data set's name for people: "RAF-DB"
+    expected_tree: ClassVar[str]  # the files looked for under the root, as a small drawing
+    request: ClassVar[str]  # where and how one obtains the data
+    sequential: ClassVar[bool] = False  # images can only be read front to back, in one go
+    on_disk: ClassVar[bool] = True  # False: nothing is read from the root
+
+    class_names: list[str]
+    store: Store
+    label: Array
+    split: Split
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        class_names: list[str] | None,
+        image_size: int,
+        mean: list[float],
+        std: list[float],
+        store_size: int,
+        channels: int,
+        batch_size: int,
+        eval_batch_size: int,
+        num_workers: int,
+        resident: str,
+        on_bad_image: str,
+        sampling: str,
+        augment: Augment,
+        tta: str,
+        protocol: Protocol,
+        seed: int,
+        cache: str,
+    ) -> None:
+        super().__init__()
+        _one_of("channels", channels, (1, 3))
+        _one_of("resident", resident, ("auto", "yes", "no"))
+        _one_of("on_bad_image", on_bad_image, ("fail", "skip"))
+        _one_of("sampling", sampling, ("plain", "balanced", "sqrt"))
+        _one_of("tta", tta, tuple(TTA_VIEWS))
+        self.root = root
+        self.wanted_classes = list(class_names) if class_names is not None else None
+        self.image_size, self.mean, self.std = image_size, list(mean), list(std)
+        self.store_size, self.channels = store_size, channels
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.resident, self.on_bad_image, self.sampling = resident, on_bad_image, sampling
+        self.augment, self.tta, self.protocol = augment, tta, protocol
+        self.seed, self.cache = seed, Path(cache)
+        self.manifest_options: dict[str, Any] = {}
+        self._opened = False
+        self._tensors: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
+
+    # -- what a data set says -------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def manifest(self) -> Manifest:
+        """Read the form found under ``self.root``; runs once per store, not once per run."""
+
+    def images(self, manifest: Manifest, rows: Array) -> Iterator[Image | BadImage]:
+        """Yield the image of each row, (H, W) or (H, W, 3) uint8 RGB at its own size; files by default."""
+        for row in rows:
+            try:
+                yield read_image(Path(self.root) / str(manifest.item[row]))
+            except BadImage as bad:
+                yield bad
+
+    def source_fingerprint(self) -> str:
+        """Changes when the source does; by default from the stat of every file under the root."""
+        return stat_fingerprint(Path(self.root))
+
+    def missing(self, looked_for: str) -> UserError:
+        """The sentence for missing data: what was looked for, the expected tree, where to get it, the mend."""
+        return UserError(
+            f"{self.title} not found: looked for {looked_for} under {Path(self.root).absolute()}; "
+            f"set data.root=/path/to/it (obtain it from {self.request}). Expected tree:\n{self.expected_tree.strip()}"
+        )
+
+    # -- opening --------------------------------------------------------------------------------------------------
+
+    def check_root(self) -> None:
+        """Raise the sentence for missing data when the root is not there; costs nothing."""
+        if self.on_disk and not Path(self.root).is_dir():
+            raise self.missing("a folder")
+
+    def open(self) -> None:
+        """Open or build the store, map classes by name, split. Does nothing the second time.
+
+        Raises:
+            UserError: the data is missing, unreadable images under ``on_bad_image=fail``, an impossible split.
+        """
+        if self._opened:
+            return
+        self.check_root()
+        key = {
+            "reader": f"{type(self).__module__}.{type(self).__qualname__}",
+            "source": self.source_fingerprint(),
+            "options": self.manifest_options,
+            "size": self.store_size,
+            "channels": self.channels,
+        }
+        name = type(self).__module__.rpartition(".")[2]
+        self.store = open_store(self.cache, name, key, self.manifest, self.images, self.sequential)
+        manifest = self.store.manifest
+        self._check_bad_images()
+        self.class_names = self.wanted_classes or list(manifest.class_names)
+        to_output = np.array(index_map(manifest.class_names, self.class_names))
+        self.label = to_output[manifest.label]
+        if (self.label < 0).all():
+            raise UserError(
+                f"data.class_names={self.class_names}: none of them occurs in {self.title} "
+                f"({', '.join(manifest.class_names)})"
+            )
+        # Splits stratify by the labels the model learns.
+        view = dataclasses.replace(manifest, label=np.maximum(self.label, 0), class_names=tuple(self.class_names))
+        self.split = self.protocol.split(view, self.store.copies, self.store.usable & (self.label >= 0))
+        self._opened = True
+
+    def _check_bad_images(self) -> None:
+        bad = self.store.bad
+        if bad and self.on_bad_image == "fail":
+            report = self.store.path / "bad.json"
+            item, why = self.store.manifest.item[bad[0][0]], bad[0][1]
+            raise UserError(
+                f"{len(bad)} of {len(self.store.manifest)} images cannot be read, the first is {item} ({why}); all are "
+                f"listed in {report}: mend them, or go on without them by data.on_bad_image=skip"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Lightning's hook; `open` does the work."""
+        self.open()
+
+    # -- facts about the opened data ------------------------------------------------------------------------------
+
+    def class_counts(self, part: Part) -> Array:
+        """(K,) images per class of one part, in the order of ``class_names``."""
+        return np.bincount(self.label[self.split.part(part)], minlength=len(self.class_names))
+
+    def facts(self) -> dict[str, Any]:
+        """What ``split.json`` and the results record about the data: counts, differences, leaks, stamps."""
+        manifest, copies = self.store.manifest, self.store.copies
+        counts = {part: dict(zip(self.class_names, map(int, self.class_counts(part)), strict=True)) for part in PARTS}
+        leaks = {}
+        for a, b in PAIRS:
+            n = int(np.isin(copies[self.split.part(b)], copies[self.split.part(a)]).sum())
+            leaks[f"{b} images also in {a}"] = n
+        return {
+            "data": self.title,
+            "form": manifest.form,
+            "counts": counts,
+            "n": {part: len(rows) for part, rows in self.split.parts()},
+            "count_differences": manifest.count_differences(),
+            "skipped": len(manifest.skipped) + len(self.store.bad),
+            "copies": leaks,
+            "shared_subjects": self.split.shared_people(manifest),
+            "subjects": None if manifest.subject is None else len(np.unique(manifest.subject)),
+            "warnings": list(manifest.warnings),
+            "selected_on": self.split.selected_on,
+            "stamps": list(self.split.stamps),
+            "fingerprint": self.split.fingerprint(manifest),
+        }
+
+    # -- loaders --------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are made: the trainer's device, or the CPU before there is one."""
+        return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
+
+    def is_resident(self) -> bool:
+        """Whether the whole store is held on the device; decides which form of the augmentation runs."""
+        if self.resident != "auto":
+            return self.resident == "yes"
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            return bool(self.store.images.nbytes < RESIDENT_SHARE * free)
+        return self.store_size <= RESIDENT_CPU_SIDE
+
+    def _order(self, part: Part) -> Order:
+        rows = self.split.part(part)
+        if part != "train":
+            return lambda epoch: rows
+        if self.sampling == "plain":
+            return lambda epoch: self._rng(epoch).permutation(rows)
+        counts = self.class_counts("train").astype(np.float64)
+        per_class = 1 / np.maximum(counts, 1) ** (1.0 if self.sampling == "balanced" else 0.5)
+        weight = per_class[self.label[rows]]
+        return lambda epoch: self._rng(epoch).choice(rows, size=len(rows), p=weight / weight.sum())
+
+    def _rng(self, epoch: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+
+    def _fields(self) -> dict[str, Array]:
+        manifest = self.store.manifest
+        fields: dict[str, Array] = {"label": self.label.astype(np.int64)}
+        if manifest.soft is not None:
+            to_output = np.array(index_map(self.class_names, manifest.class_names))
+            soft = np.where(to_output >= 0, manifest.soft[:, to_output], 0).astype(np.float32)
+            fields["soft"] = soft / np.maximum(soft.sum(1, keepdims=True), 1e-12)
+        if manifest.valence_arousal is not None:
+            fields["valence_arousal"] = manifest.valence_arousal.astype(np.float32)
+        return fields
+
+    def _loader(self, part: Part) -> ResidentLoader | WorkerLoader:
+        train, resident, device = part == "train", self.is_resident(), self.device
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        batch_size = self.batch_size if train else self.eval_batch_size
+        sampler = EpochSampler(self._order(part), batch_size, drop_last=train, rank=rank, world_size=world)
+        finish = Finish(
+            size=self.image_size,
+            mean=self.mean,
+            std=self.std,
+            augment=self.augment,
+            seed=self.seed,
+            train=train,
+            augmented=train and not resident,
+            tta=self.tta if part == "test" else "none",
+        )
+        if resident:
+            return ResidentLoader(sampler, *self._resident_tensors(device), finish, remember_position=train)
+        augment = PerImage(self.augment, self.store_size, self.seed) if train else None
+        dataset = StoreDataset(self.store.images, self._fields(), augment)
+        return WorkerLoader(sampler, dataset, self.num_workers, device, finish, remember_position=train)
+
+    def _resident_tensors(self, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if self._tensors is None or self._tensors[0].device != device:
+            fields = {key: torch.from_numpy(values).to(device) for key, values in self._fields().items()}
+            self._tensors = (torch.from_numpy(self.store.images).to(device), fields)
+        return self._tensors
+
+    def train_dataloader(self) -> ResidentLoader | WorkerLoader:
+        """Shuffled, augmented, resumable."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> ResidentLoader | WorkerLoader:
+        """In order, central crop."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> ResidentLoader | WorkerLoader:
+        """In order, with the views of ``tta``."""
+        return self._loader("test")

@@ -1,0 +1,188 @@
+"""Loaders whose order is a pure function of (seed, epoch) and whose position is part of a checkpoint.
+
+Two loaders give the same kind of batch: `ResidentLoader` slices a tensor that holds the whole store on the device,
+`WorkerLoader` lets worker processes read the memory map. Both walk an `EpochSampler`, which alone knows the order and
+how far the epoch has come. Lightning saves `state_dict` with the trainer and calls ``batch_sampler.set_epoch``.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fer.data.manifest import Array
+
+Order = Callable[[int], Array]  # epoch -> rows of the manifest, in the order in which they are seen
+
+
+class EpochSampler:
+    """Batches of rows of one epoch, and the position in it.
+
+    Args:
+        order: rows of an epoch; a constant function for evaluation.
+        batch_size: images per batch on this device.
+        drop_last: leave out a last batch that is not full.
+        rank, world_size: this process' share under data-parallel training.
+    """
+
+    def __init__(self, order: Order, batch_size: int, drop_last: bool, rank: int = 0, world_size: int = 1) -> None:
+        self.order, self.batch_size, self.drop_last = order, batch_size, drop_last
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self.position = 0
+        n = len(order(0)) // world_size if drop_last else -(-len(order(0)) // world_size)
+        self.batches = max(1, n // batch_size) if drop_last else -(-n // batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch; keeps the position when it is the epoch a resume is in the middle of."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[int, Array]]:
+        """Yield (epoch, rows of a batch) from the current position on."""
+        order = self.order(self.epoch)
+        rows = order[self.rank :: self.world_size]
+        for start in range(self.position, self.batches):
+            yield self.epoch, rows[start * self.batch_size : (start + 1) * self.batch_size]
+
+
+class _Loader:
+    """What both loaders share: length, and a state that says which batch comes next."""
+
+    def __init__(self, sampler: EpochSampler, remember_position: bool) -> None:
+        self.batch_sampler = sampler  # the name under which Lightning looks for set_epoch
+        self.remember_position = remember_position
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self._batches():
+            if self.remember_position:
+                self.batch_sampler.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and number of batches already handed out."""
+        return {"epoch": self.batch_sampler.epoch, "position": self.batch_sampler.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after the batches handed out when the state was taken."""
+        self.batch_sampler.epoch, self.batch_sampler.position = state["epoch"], state["position"]
+
+
+Finish = Callable[[Tensor, Tensor, int], Tensor]  # uint8 images, rows, epoch -> what the network sees
+
+
+class ResidentLoader(_Loader):
+    """Batches as slices of tensors that live on the device; augmentation runs batched there.
+
+    Args:
+        sampler: order and position.
+        images: (N, S, S, C) uint8.
+        fields: further per-image tensors on the same device, by batch key.
+        finish: turns (B, S, S, C) uint8 images into the network's input.
+        remember_position: a training loader, whose position a checkpoint keeps.
+    """
+
+    def __init__(
+        self, sampler: EpochSampler, images: Tensor, fields: dict[str, Tensor], finish: Finish, remember_position: bool
+    ) -> None:
+        super().__init__(sampler, remember_position)
+        self.images, self.fields, self.finish = images, fields, finish
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        for epoch, rows in self.batch_sampler:
+            index = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
+            batch = {key: values[index] for key, values in self.fields.items()}
+            yield {"image": self.finish(self.images[index], index, epoch), "index": index, **batch}
+
+
+class StoreDataset(Dataset[dict[str, Any]]):
+    """Images of the store by (epoch, row), augmented per image; what a worker process holds.
+
+    Keeps numpy arrays only: Python lists would be copied into every worker by reference counting.
+    """
+
+    def __init__(
+        self, images: Array, fields: dict[str, Array], augment: Callable[[Array, int, int], Array] | None
+    ) -> None:
+        self.images, self.fields, self.augment = images, fields, augment
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        epoch, row = place
+        image = np.array(self.images[row])
+        if self.augment is not None:
+            image = self.augment(image, epoch, row)
+        return {"image": image, "index": row, **{key: values[row] for key, values in self.fields.items()}}
+
+
+class _Places:
+    """The sampler as PyTorch's DataLoader wants it: lists of (epoch, row)."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch, rows in self.sampler:
+            yield [(epoch, int(row)) for row in rows]
+
+
+def _init_worker(_: int) -> None:
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+class WorkerLoader(_Loader):
+    """Batches read and augmented per image by worker processes, finished on the device.
+
+    Args:
+        sampler: order and position.
+        dataset: images by (epoch, row).
+        num_workers: processes; 0 reads in this process.
+        device: where batches go.
+        finish: crop, resize and normalise, as in `ResidentLoader`.
+        remember_position: a training loader, whose position a checkpoint keeps.
+    """
+
+    def __init__(
+        self,
+        sampler: EpochSampler,
+        dataset: StoreDataset,
+        num_workers: int,
+        device: torch.device,
+        finish: Finish,
+        remember_position: bool,
+    ) -> None:
+        super().__init__(sampler, remember_position)
+        self.device, self.finish = device, finish
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=_Places(sampler),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_init_worker,
+        )
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        # A training loader moves its position while workers read ahead; the sampler's iterator has started by then,
+        # so the position counts batches handed out, never batches read.
+        epoch = self.batch_sampler.epoch
+        for batch in self.loader:
+            moved = {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
+            image = self.finish(moved.pop("image"), moved["index"], epoch)
+            yield {"image": image, **moved}

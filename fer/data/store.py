@@ -1,0 +1,165 @@
+"""The store: every image of a data set decoded once into one uint8 memory map, shared by all folds and jobs.
+
+A store is a folder ``<cache>/<name>-<key>/`` with ``manifest.npz``, ``images.npy`` (N, S, S, C), ``pixels.npy``
+(a hash of each image's pixels) and ``bad.json`` (images that could not be read). The key covers the source's stat
+fingerprint, the reader's options and the size, so a changed source gets a new store. It is built under another name
+and renamed when complete: a folder of the final name is always whole, and two jobs that start together build once.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from filelock import FileLock
+from rich.progress import Progress
+
+from fer.data.images import BadImage
+from fer.data.manifest import Array, Manifest
+
+VERSION = 1  # raise when decoding or resizing changes
+CHUNK = 256
+Reader = Callable[[Manifest, Array], Iterator[Array | BadImage]]
+
+cv2.setNumThreads(0)
+
+
+@dataclass(frozen=True)
+class Store:
+    """An opened store.
+
+    Attributes:
+        path: its folder.
+        manifest: N images.
+        images: (N, S, S, C) uint8 memory map, C = 1 or 3 (RGB).
+        copies: (N,) uint64 pixel hash; equal values are pixel-identical images.
+        bad: unreadable images as (row, reason); their pixels are zero.
+    """
+
+    path: Path
+    manifest: Manifest
+    images: Array
+    copies: Array
+    bad: tuple[tuple[int, str], ...]
+
+    @property
+    def usable(self) -> Array:
+        """(N,) bool, False for unreadable images."""
+        mask = np.ones(len(self.manifest), dtype=bool)
+        mask[[row for row, _ in self.bad]] = False
+        return mask
+
+
+def stat_fingerprint(root: Path) -> str:
+    """Hash of name, size and modification time of every file under ``root``; reads no content.
+
+    Full content hashes are the work of ``fer.check``; at every start this is enough to notice a changed source.
+    """
+    digest, folders = hashlib.sha256(), [str(root)]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda e: e.name):
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.path)
+                else:
+                    stat = entry.stat()
+                    digest.update(f"{entry.path[len(str(root)) :]}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def fit(image: Array, size: int, channels: int) -> Array:
+    """(H, W) or (H, W, 3) uint8 of any size -> (size, size, channels) uint8.
+
+    Shrinking averages areas, enlarging interpolates bilinearly; grey becomes three equal channels or colour becomes
+    luma as ``channels`` asks.
+    """
+    if image.ndim == 3 and channels == 1:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    elif image.ndim == 2 and channels == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    if image.shape[:2] != (size, size):
+        shrinks = image.shape[0] > size or image.shape[1] > size
+        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return image.reshape(size, size, channels)
+
+
+def pixel_hash(image: Array) -> int:
+    """64-bit hash of an image's pixels and shape."""
+    digest = hashlib.blake2b(
+        np.ascontiguousarray(image).tobytes(), digest_size=8, person=str(image.shape).encode()[:16]
+    )
+    return int.from_bytes(digest.digest(), "little")
+
+
+def open_store(
+    cache: Path, name: str, key_parts: dict[str, Any], manifest: Callable[[], Manifest], read: Reader, sequential: bool
+) -> Store:
+    """Open the store of a data set, building it when it is not there yet.
+
+    Args:
+        cache: folder of all stores.
+        name: readable first part of the folder's name.
+        key_parts: plain values that determine the content; ``size`` and ``channels`` among them.
+        manifest: reads the data set's manifest.
+        read: yields, for the given rows in order, each image at its own size, or the `BadImage` that explains why not.
+        sequential: the source can only be read front to back, in one go.
+    """
+    key = hashlib.sha256(json.dumps({**key_parts, "version": VERSION}, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache / f"{name}-{key}"
+    if not path.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{name}-{key}.lock"):
+            if not path.is_dir():
+                _build(path, manifest(), read, key_parts["size"], key_parts["channels"], sequential)
+    return Store(
+        path=path,
+        manifest=Manifest.load(path / "manifest.npz"),
+        # Copy-on-write, so that torch gets a writable array and the file still never changes.
+        images=np.load(path / "images.npy", mmap_mode="c"),
+        copies=np.load(path / "pixels.npy"),
+        bad=tuple((int(row), str(why)) for row, why in json.loads((path / "bad.json").read_text())),
+    )
+
+
+def _build(path: Path, manifest: Manifest, read: Reader, size: int, channels: int, sequential: bool) -> None:
+    """Decode everything into a folder beside ``path`` and rename it; the caller holds the lock."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    n = len(manifest)
+    images = np.lib.format.open_memmap(unfinished / "images.npy", "w+", np.uint8, (n, size, size, channels))
+    copies = np.zeros(n, dtype=np.uint64)
+    bad: list[tuple[int, str]] = []
+
+    def decode(rows: Array) -> None:
+        for row, image in zip(rows, read(manifest, rows), strict=True):
+            if isinstance(image, BadImage):
+                bad.append((int(row), image.reason))
+                # No pixels to compare: every unreadable image is its own group.
+                copies[row] = row
+            else:
+                copies[row] = pixel_hash(image)
+                images[row] = fit(image, size, channels)
+            progress.advance(task)
+
+    step = max(n, 1) if sequential else CHUNK
+    chunks = [np.arange(start, min(start + step, n)) for start in range(0, n, step)]
+    # Threads suffice: Pillow and OpenCV release the interpreter lock while they decode and resize.
+    with Progress(transient=True) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        task = progress.add_task(f"decoding {n:,} images once", total=n)
+        list(pool.map(decode, chunks))
+    images.flush()
+    np.save(unfinished / "pixels.npy", copies)
+    (unfinished / "manifest.npz").write_bytes(manifest.to_bytes())
+    (unfinished / "bad.json").write_text(json.dumps(sorted(bad)))
+    unfinished.rename(path)
