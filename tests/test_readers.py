@@ -1,0 +1,441 @@
+"""Readers of the official data sets: every form in small, its traps and defects, and the real files where present."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fakes
+import hydra
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from fer.data.base import ExpressionDataModule
+from fer.data.images import BadImage
+from fer.data.manifest import Manifest
+from fer.errors import UserError
+
+CONF = Path(__file__).parents[1] / "conf" / "data"
+COMMON: dict[str, Any] = {
+    "image_size": 48,
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+    "batch_size": 8,
+    "eval_batch_size": 8,
+    "num_workers": 0,
+    "resident": "no",
+    "on_bad_image": "fail",
+    "sampling": "plain",
+    "augment": None,
+    "tta": "none",
+    "protocol": None,
+    "seed": 0,
+    "cache": "unused",
+}
+
+
+def config(name: str) -> Any:
+    """A data set's YAML with what it inherits, without the common options."""
+    own = OmegaConf.load(CONF / f"{name}.yaml")
+    parents = [parent for parent in own.pop("defaults") if parent not in ("_common", "_self_")]
+    return OmegaConf.merge(*(config(parent) for parent in parents), own)
+
+
+def reader(name: str, root: Path, **options: Any) -> ExpressionDataModule:
+    """The data set as its YAML builds it, on another root."""
+    return hydra.utils.instantiate(config(name), **COMMON, root=str(root), **options)
+
+
+def manifest(name: str, root: Path, **options: Any) -> Manifest:
+    return reader(name, root, **options).manifest()
+
+
+def images(name: str, root: Path, **options: Any) -> tuple[Manifest, list[np.ndarray]]:
+    data = reader(name, root, **options)
+    found = data.manifest()
+    return found, list(data.images(found, np.arange(len(found))))
+
+
+def same_classes(found: dict[str, dict[str, int]], expected: dict[str, dict[str, int]]) -> bool:
+    """Equal counts, whatever the classes' order; classes without images may be left out."""
+    return {p: {c: n for c, n in classes.items() if n} for p, classes in found.items()} == expected
+
+
+# -- what holds for every data set --------------------------------------------------------------------------------
+
+FILE_SETS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem in fakes.WRITERS)
+
+
+@pytest.mark.parametrize("name", FILE_SETS)
+def test_every_default_form(tmp_path: Path, name: str) -> None:
+    expected = fakes.WRITERS[name](tmp_path)
+    found, pictures = images(name, tmp_path)
+    assert same_classes(found.counts(), expected)
+    assert len(np.unique(found.item)) == len(found)
+    assert all(isinstance(picture, np.ndarray) and picture.dtype == np.uint8 for picture in pictures)
+    assert all(picture.ndim == 2 or picture.shape[2] == 3 for picture in pictures)
+    # The generated pictures tell the class, so a label that slipped to another image shows.
+    for picture, label in zip(pictures, found.label, strict=True):
+        assert fakes.recognise(picture) == fakes.DRAWN[name].index(found.class_names[label])
+    with (tmp_path / "manifest.npz").open("wb") as file:
+        file.write(found.to_bytes())
+    assert Manifest.load(tmp_path / "manifest.npz").counts() == found.counts()
+
+
+@pytest.mark.parametrize("name", FILE_SETS)
+def test_same_images_without_the_manifest_call(tmp_path: Path, name: str) -> None:
+    """A manifest read back from the store serves a fresh reader."""
+    fakes.WRITERS[name](tmp_path)
+    found, pictures = images(name, tmp_path)
+    rows = np.array([len(found) - 1, 0])
+    again = list(reader(name, tmp_path).images(found, rows))
+    assert all(np.array_equal(a, pictures[row]) for a, row in zip(again, rows, strict=True))
+
+
+@pytest.mark.parametrize("name", FILE_SETS)
+def test_nothing_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match=r"data.root=") as caught:
+        manifest(name, tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FILE_SETS)
+def test_one_folder_deeper(tmp_path: Path, name: str) -> None:
+    expected = fakes.WRITERS[name](tmp_path / "unpacked")
+    found, pictures = images(name, tmp_path)
+    assert same_classes(found.counts(), expected)
+    assert all(isinstance(picture, np.ndarray) for picture in pictures)
+
+
+@pytest.mark.parametrize("name", FILE_SETS)
+def test_two_copies_are_refused(tmp_path: Path, name: str) -> None:
+    fakes.WRITERS[name](tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(UserError, match="several folders"):
+        manifest(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", FILE_SETS)
+def test_unknown_form(tmp_path: Path, name: str) -> None:
+    fakes.WRITERS[name](tmp_path)
+    with pytest.raises(UserError, match=r"data.form=nonsense"):
+        manifest(name, tmp_path, form="nonsense")
+
+
+# -- FER2013 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["csv", "csv.xz", "csv.zip", "icml", "prefix", "numbered"])
+def test_fer2013_forms(tmp_path: Path, form: str) -> None:
+    expected = fakes.write_fer2013(tmp_path, form)
+    found, pictures = images("fer2013", tmp_path)
+    assert found.counts() == expected
+    assert found.class_names == ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral")
+    assert all(fakes.recognise(p) == label for p, label in zip(pictures, found.label, strict=True))
+    assert "val/anger: 6, official 467, -461" in found.count_differences()
+    if "csv" in form:
+        assert found.form == "fer2013.csv"
+        assert found.item[1] == "fer2013.csv:1"
+        assert np.array_equal(pictures[1], fakes.picture(1, 1))  # lossless
+
+
+@pytest.mark.parametrize("form", ["csv", "prefix", "numbered", "kaggle"])
+def test_fer2013_whole_test(tmp_path: Path, form: str) -> None:
+    expected = fakes.write_fer2013(tmp_path, form)
+    found = manifest("fer2013", tmp_path, test_part="both")
+    both = {c: n + expected["val"][c] for c, n in expected["test"].items()}
+    assert found.counts() == {"train": expected["train"], "test": both}
+    assert found.official is not None
+    assert sum(found.official["test"].values()) == 7178
+    assert "PublicTest + PrivateTest" in found.form
+    assert any("7,178" in warning for warning in found.warnings)
+
+
+def test_fer2013_kaggle_pair(tmp_path: Path) -> None:
+    fakes.write_fer2013(tmp_path / "labelled", "kaggle")
+    with pytest.raises(UserError, match=r"84 rows and no Usage.*data.test_part=both"):
+        manifest("fer2013", tmp_path / "labelled")
+    fakes.write_fer2013(tmp_path / "plain", "kaggle_unlabelled")
+    with pytest.raises(UserError, match=r"test.csv has no labels: put fer2013.csv or icml_face_data.csv"):
+        manifest("fer2013", tmp_path / "plain")
+    expected = fakes.write_fer2013(tmp_path / "plain", "icml")  # as Kaggle ships them: the complete file is read
+    assert manifest("fer2013", tmp_path / "plain").counts() == expected
+
+
+def test_fer2013_bad_rows_are_listed(tmp_path: Path) -> None:
+    expected = fakes.write_fer2013(tmp_path, "csv", defects=True)
+    found = manifest("fer2013", tmp_path)
+    assert found.counts() == expected
+    first = sum(sum(part.values()) for part in expected.values())
+    assert [item for item, _ in found.skipped] == [f"fer2013.csv:{first + i}" for i in range(6)]
+    reasons = [
+        "label '7'",
+        "3 pixels, expected 2304",
+        "a pixel is 300",
+        "not a whole number",
+        "Usage 'Test'",
+        "2 fields",
+    ]
+    assert all(want in why for want, (_, why) in zip(reasons, found.skipped, strict=True))
+
+
+def test_fer2013_texts_as_they_circulate(tmp_path: Path) -> None:
+    """Byte order mark, CRLF, semicolons, blanks and case in the header, quoted pixels, no final newline."""
+    expected = fakes.write_fer2013(tmp_path, "csv")
+    text = (tmp_path / "fer2013.csv").read_text()
+    rows = [line.split(",") for line in text.splitlines()]
+    variants = {
+        "bom": "\ufeff" + text,
+        "crlf": text.replace("\n", "\r\n"),
+        "semicolon": text.replace(",", ";"),
+        "tab": text.replace(",", "\t"),
+        "header": text.replace("emotion,pixels,Usage", "Emotion , PIXELS, usage"),
+        "quoted": fakes.table(rows, quote=True),
+        "no newline": text[:-1],
+        "more columns": fakes.table([[*row, "x"] for row in rows]).replace("Usage,x", "Usage,note", 1),
+    }
+    for name, variant in variants.items():
+        (tmp_path / "fer2013.csv").write_bytes(variant.encode())
+        found, pictures = images("fer2013", tmp_path)
+        assert found.counts() == expected, name
+        assert not found.skipped, name
+        assert np.array_equal(pictures[1], fakes.picture(1, 1)), name
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [("emotion,pixels,Usage,pixels", "names a column twice"), ("", "data.root="), ("emotion,Usage", "data.root=")],
+)
+def test_fer2013_bad_headers(tmp_path: Path, header: str, message: str) -> None:
+    (tmp_path / "fer2013.csv").write_text(f"{header}\n" * bool(header))
+    with pytest.raises(UserError, match=message):
+        manifest("fer2013", tmp_path)
+
+
+def test_fer2013_cut_archive(tmp_path: Path) -> None:
+    fakes.write_fer2013(tmp_path, "csv.xz")
+    path = tmp_path / "fer2013.csv.xz"
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(UserError, match=r"fer2013.csv.xz: cannot be read to its end"):
+        manifest("fer2013", tmp_path)
+
+
+def test_fer2013_two_forms(tmp_path: Path) -> None:
+    expected = fakes.write_fer2013(tmp_path, "csv")
+    fakes.write_fer2013(tmp_path, "prefix")
+    with pytest.raises(UserError, match=r"data.form=csv or data.form=prefix"):
+        manifest("fer2013", tmp_path)
+    assert manifest("fer2013", tmp_path, form="prefix").counts() == expected
+
+
+def test_fer2013_refuses_ckextended(tmp_path: Path) -> None:
+    rows = [(7 if i % 20 == 0 else i % 7, fakes.pixels(fakes.picture(0, i)), "Training") for i in range(60)]
+    fakes.write_text(tmp_path / "fer2013.csv", fakes.table([("emotion", "pixels", "Usage"), *rows]))
+    with pytest.raises(UserError, match="data=ckplus"):
+        manifest("fer2013", tmp_path)
+
+
+def test_fer2013_stray_files(tmp_path: Path) -> None:
+    expected = fakes.write_fer2013(tmp_path, "prefix")
+    for name in (".DS_Store", "Thumbs.db", "copy.jpg", "x.gif"):
+        (tmp_path / "train" / "angry" / name).write_bytes(b"x")
+    (tmp_path / "train" / "confused").mkdir()
+    found = manifest("fer2013", tmp_path)
+    assert found.counts() == expected
+    assert sorted(item for item, _ in found.skipped) == ["train/angry/copy.jpg", "train/angry/x.gif"]
+
+
+# -- FER+ ---------------------------------------------------------------------------------------------------------
+
+
+def test_ferplus_drops_and_aligns(tmp_path: Path) -> None:
+    expected = fakes.write_ferplus(tmp_path)
+    found, pictures = images("ferplus", tmp_path)
+    assert found.counts() == expected
+    reasons = [why for _, why in found.skipped]
+    assert [reasons.count(w) for w in ("most voters see no face", "most voters say unknown")] == [3, 3]
+    assert reasons.count("votes too spread for mode majority") == 3
+    # Names skip numbers: aligned by row, each picture fits its label.
+    assert all(fakes.recognise(p) == label for p, label in zip(pictures, found.label, strict=True))
+    assert found.soft is not None
+    np.testing.assert_allclose(found.soft.sum(1), 1, atol=1e-6)
+    nine = found.soft[list(found.item).index("fer2013.csv:3")]
+    assert nine.tolist() == [1, 0, 0, 0, 0, 0, 0, 0]  # single votes are taken as slips
+
+
+def test_ferplus_label_csv(tmp_path: Path) -> None:
+    fakes.write_ferplus(tmp_path / "csv")
+    found, pictures = images("ferplus", tmp_path / "csv", labels="label_csv")
+    assert "fer2013.csv:3" not in found.item  # its name is used again by row 4
+    assert "fer2013.csv:4" in found.item
+    assert ("fer2013.csv:0", "no votes in label_csv") in found.skipped
+    assert all(fakes.recognise(p) == label for p, label in zip(pictures, found.label, strict=True))
+    expected = fakes.write_ferplus(tmp_path / "folders", "folders")
+    for labels in ("label_csv", "fer2013new"):
+        found, pictures = images("ferplus", tmp_path / "folders", labels=labels)
+        assert found.counts() == expected
+        assert all(fakes.recognise(p) == label for p, label in zip(pictures, found.label, strict=True))
+
+
+def test_ferplus_files_that_do_not_belong_together(tmp_path: Path) -> None:
+    fakes.write_ferplus(tmp_path, labels=False)
+    with pytest.raises(UserError, match=r"data.labels=fer2013new"):
+        manifest("ferplus", tmp_path, labels="label_csv")
+    path = tmp_path / "fer2013new.csv"
+    text = path.read_text()
+    path.write_text("\n".join(text.splitlines()[:-1]))
+    with pytest.raises(UserError, match=r"158 rows of votes for 159 images"):
+        manifest("ferplus", tmp_path)
+    path.write_text(text.replace("PublicTest", "Training", 1))
+    with pytest.raises(UserError, match=r"row 53 is Training, but PublicTest"):
+        manifest("ferplus", tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"looked for fer2013new.csv"):
+        manifest("ferplus", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "votes", "label", "soft"),
+    [
+        # neutral, happiness, surprise, sadness, anger, disgust, fear, contempt, unknown, no-face
+        ("majority", (6, 4, 0, 0, 0, 0, 0, 0, 0, 0), 0, (0.6, 0.4)),
+        ("majority", (5, 5, 0, 0, 0, 0, 0, 0, 0, 0), -1, ()),  # more than half, not half
+        ("majority", (5, 4, 1, 0, 0, 0, 0, 0, 0, 0), 0, (5 / 9, 4 / 9)),  # the single vote does not count
+        ("majority", (6, 0, 0, 0, 0, 0, 0, 0, 4, 0), 0, (1.0,)),  # unknown is cut off, the rest renormalised
+        ("majority", (1, 1, 1, 1, 1, 1, 1, 1, 1, 1), -1, ()),
+        ("majority", (0, 0, 0, 0, 0, 0, 0, 0, 0, 10), -1, ()),
+        ("probability", (5, 3, 2, 0, 0, 0, 0, 0, 0, 0), 0, (5 / 8, 3 / 8)),  # 8 of 10 suffice
+        ("probability", (4, 3, 3, 0, 0, 0, 0, 0, 0, 0), 0, (0.4, 0.3, 0.3)),
+        ("probability", (0, 4, 2, 2, 2, 0, 0, 0, 0, 0), -1, ()),  # a tie brings four classes
+        ("probability", (3, 2, 0, 0, 0, 0, 0, 0, 5, 0), -1, ()),  # unknown wins
+        ("probability", (6, 2, 0, 0, 0, 0, 0, 0, 2, 0), 0, (0.75, 0.25)),
+        ("probability", (5, 2, 0, 0, 0, 0, 0, 0, 3, 0), -1, ()),  # stops at unknown, holding only half
+        ("crossentropy", (5, 3, 2, 0, 0, 0, 0, 0, 0, 0), 0, (5 / 8, 3 / 8)),
+        ("multi_target", (4, 3, 3, 0, 0, 0, 0, 0, 0, 0), 0, (1 / 3, 1 / 3, 1 / 3)),
+        ("multi_target", (5, 3, 2, 0, 0, 0, 0, 0, 0, 0), 0, (1 / 2, 1 / 2)),
+        ("multi_target", (5, 0, 0, 0, 0, 0, 0, 0, 5, 0), 0, (1.0,)),
+        ("multi_target", (2, 2, 2, 2, 2, 0, 0, 0, 0, 0), -1, ()),
+        ("argmax", (3, 3, 0, 0, 0, 0, 0, 0, 3, 1), 0, (0.5, 0.5)),
+        ("argmax", (2, 3, 0, 0, 0, 0, 0, 0, 4, 1), -1, ()),
+        ("argmax8", (0, 1, 0, 0, 0, 0, 0, 0, 9, 0), 1, (0.0, 1.0)),
+    ],
+)
+def test_ferplus_rules(mode: str, votes: tuple[int, ...], label: int, soft: tuple[float, ...]) -> None:
+    from fer.data.ferplus import labels_from_votes
+
+    labels, distribution = labels_from_votes(np.array([votes], dtype=float), mode)
+    assert labels.tolist() == [label]
+    np.testing.assert_allclose(distribution[0], [*soft, *[0] * (8 - len(soft))])
+
+
+def test_ferplus_modes_of_train_and_evaluation(tmp_path: Path) -> None:
+    fakes.write_ferplus(tmp_path)
+    spread = {"fer2013.csv:1", "fer2013.csv:54", "fer2013.csv:107"}  # the votes (3, 0, 0, 3, 2, 0, 2, ...)
+    assert not spread & set(manifest("ferplus", tmp_path).item)
+    assert spread & set(manifest("ferplus", tmp_path, mode="argmax").item) == {"fer2013.csv:1"}
+    found = manifest("ferplus", tmp_path, mode="argmax", eval_mode="argmax")
+    assert spread <= set(found.item)
+    assert found.warnings
+
+
+# -- own folders --------------------------------------------------------------------------------------------------
+
+
+def test_folder_forms_and_names(tmp_path: Path) -> None:
+    expected = fakes.write_folder(tmp_path / "flat", "classes")
+    found = manifest("folder", tmp_path / "flat")
+    assert found.counts()["all"] == expected["all"]
+    assert set(found.split) == {""}
+    assert found.class_names == ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")
+    fakes.write_folder(tmp_path / "named", "classes", classes=("happy", "Bored", "angry"))
+    assert manifest("folder", tmp_path / "named").class_names == ("Bored", "angry", "happy")
+
+
+def test_folder_subjects(tmp_path: Path) -> None:
+    fakes.write_folder(tmp_path, "classes", subjects=True)
+    found = manifest("folder", tmp_path)
+    assert found.subject is not None
+    assert len(set(found.subject)) == 3
+    assert found.subject[list(found.item).index("angry/3.jpg")] == "person 0-1"
+    path = tmp_path / "subjects.csv"
+    lines = path.read_text().splitlines()
+    for change, message in [
+        (lines[:-1], r"1 of 42 images have no row, the first is"),
+        ([*lines, "../../etc/passwd,x"], r"row 42: the path '../../etc/passwd' must be relative"),
+        ([*lines[:-1], lines[-1].split(",")[0] + ","], r"row 41: no subject for"),
+        (["file,subject", *lines[1:]], r"expected the columns path, subject"),
+        ([*lines, "a,b,c"], r"3 fields, expected 2"),
+    ]:
+        path.write_text("\n".join(change))
+        with pytest.raises(UserError, match=message):
+            manifest("folder", tmp_path)
+
+
+def test_folder_bad_files_come_back_as_bad_images(tmp_path: Path) -> None:
+    fakes.write_folder(tmp_path, "classes")
+    (tmp_path / "angry" / "0.jpg").write_bytes(b"")
+    found, pictures = images("folder", tmp_path)
+    bad = [i for i, picture in enumerate(pictures) if isinstance(picture, BadImage)]
+    assert found.item[bad].tolist() == ["angry/0.jpg"]
+
+
+# -- the real files -----------------------------------------------------------------------------------------------
+
+REAL = Path(os.environ["FER_DATA"]) / "fer2013" if "FER_DATA" in os.environ else None
+needs_real = pytest.mark.skipif(REAL is None or not REAL.is_dir(), reason="set FER_DATA to the folder with fer2013/")
+
+
+@needs_real
+@pytest.mark.slow
+def test_real_fer2013(tmp_path: Path) -> None:
+    assert REAL is not None
+    found, pictures = images("fer2013", REAL)
+    assert found.count_differences() == []
+    assert len(found) == 35887
+    assert not found.skipped
+    stack = np.stack(pictures)
+    train = stack[found.split == "train"] / 255
+    assert (round(train.mean(), 5), round(train.std(), 5)) == (0.50774, 0.25501)
+    black = [6458, 7629, 10423, 11286, 13148, 13402, 13988, 15894, 22198, 22927, 28601, 30002]
+    assert np.flatnonzero(stack.reshape(len(stack), -1).max(1) == 0).tolist() == black
+
+
+KEPT = {  # labels, mode: kept train, val, test as published counts give them
+    ("fer2013new", "majority"): (25060, 3199, 3153),
+    ("label_csv", "majority"): (25045, 3191, 3137),
+    ("fer2013new", "probability"): (27956, 3505, 3505),
+    ("fer2013new", "crossentropy"): (27956, 3505, 3505),
+    ("fer2013new", "multi_target"): (27671, 3472, 3472),
+    ("fer2013new", "argmax"): (28389, 3553, 3546),
+    ("fer2013new", "argmax8"): (28559, 3579, 3573),
+}
+PER_CLASS = {
+    ("fer2013new", "majority", "train"): (8740, 7287, 3149, 3014, 2100, 119, 532, 119),
+    ("fer2013new", "majority", "val"): (1182, 865, 415, 351, 287, 24, 62, 13),
+    ("fer2013new", "majority", "test"): (1090, 893, 396, 384, 273, 18, 83, 16),
+    ("label_csv", "majority", "train"): (8733, 7284, 3136, 3022, 2098, 116, 536, 120),
+    ("label_csv", "majority", "val"): (1180, 862, 411, 348, 289, 25, 60, 16),
+    ("label_csv", "majority", "test"): (1083, 892, 394, 382, 269, 16, 86, 15),
+    ("fer2013new", "argmax", "train"): (10309, 7528, 3562, 3515, 2467, 191, 652, 165),
+}
+
+
+@needs_real
+@pytest.mark.slow
+def test_real_ferplus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert REAL is not None
+    from fer.data import ferplus
+
+    table = ferplus.read_full_table(REAL)
+    monkeypatch.setattr(ferplus, "read_full_table", lambda folder: table)  # 19 s each
+    for (labels, mode), kept in KEPT.items():
+        found = manifest("ferplus", REAL, labels=labels, mode=mode, eval_mode=mode)
+        assert found.count_differences() == []
+        assert tuple((found.split == part).sum() for part in ("train", "val", "test")) == kept
+        assert len(found) + len(found.skipped) == 35887
+        for part, classes in found.counts().items():
+            if (labels, mode, part) in PER_CLASS:
+                assert tuple(classes.values()) == PER_CLASS[labels, mode, part]
