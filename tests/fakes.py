@@ -227,15 +227,73 @@ def write_folder(
     return counts(parts if form == "parts" else ("all",), classes)
 
 
+# -- RAF-DB -------------------------------------------------------------------------------------------------------
+
+RAFDB = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
+COMPOUND = (
+    *("happily surprised", "happily disgusted", "sadly fearful", "sadly angry", "sadly surprised", "sadly disgusted"),
+    *("fearfully angry", "fearfully surprised", "angrily surprised", "angrily disgusted", "disgustedly surprised"),
+)
+
+
+def write_rafdb(
+    root: Path, form: str = "official", *, labels: str = "basic", list_name: str = "list_patition_label.txt"
+) -> Counts:
+    """Write RAF-DB.
+
+    Args:
+        root: the data root, which gets ``basic/`` or ``compound/``.
+        form: ``official`` (aligned and original images, manual landmarks, boxes), ``folders`` (1 to 7, with csv).
+        labels: ``basic`` or ``compound``.
+        list_name: the release spells it ``list_patition_label.txt``, its README ``list_partition_label.txt``.
+    """
+    classes = RAFDB if labels == "basic" else COMPOUND
+    top = root / labels
+    lines, csvs = [], {"train": [("image", "label")], "test": [("image", "label")]}
+    for part, digits in (("train", 5), ("test", 4)):
+        for i in range(N * len(classes)):
+            label = i % len(classes)
+            stem = f"{part}_{i + 1:0{digits}d}"
+            lines.append(f"{stem}.jpg {label + 1}")
+            csvs[part].append((f"{stem}_aligned.jpg", label + 1))
+            face = picture(label, i + 1000 * (part == "test"), size=100, colour=True)
+            if form == "folders":
+                save(root / "DATASET" / part / str(label + 1) / f"{stem}_aligned.jpg", face)
+                continue
+            save(top / "Image/aligned" / f"{stem}_aligned.jpg", face)
+            photo = np.full((160, 200, 3), 90, np.uint8)
+            photo[20:120, 30:130] = face
+            save(top / "Image/original" / f"{stem}.jpg", photo)
+            points = [(60.5, 50), (100, 50.25), (80, 70), (65, 95), (95, 95)]
+            text = "".join(f"{x}\t{y}\n" for x, y in points) + f"{i % 3}\n{i % 3}\n{i % 5}\n"
+            write_text(top / "Annotation/manual" / f"{stem}_manu_attri.txt", text)
+            write_text(top / "Annotation/boundingbox" / f"{stem}_boundingbox.txt", "30 20 130 120 \n")
+    if form == "folders":
+        for part, rows in csvs.items():
+            write_text(root / f"{part}_labels.csv", table(rows))
+    else:
+        write_text(top / "EmoLabel" / list_name, "\n".join(lines) + "\n")
+    return counts(("train", "test"), classes)
+
+
+def write_rafdb_compound(root: Path) -> Counts:
+    """RAF-DB's compound set."""
+    return write_rafdb(root, labels="compound")
+
+
 # Class names in the order of the generated pictures, so that a test can tell the class from the pixels.
 DRAWN = {
     "fer2013": ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral"),
     "ferplus": FERPLUS,
     "folder": ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral"),
+    "rafdb": RAFDB,
+    "rafdb_compound": COMPOUND,
 }
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "fer2013": write_fer2013,
     "ferplus": write_ferplus,
     "folder": write_folder,
+    "rafdb": write_rafdb,
+    "rafdb_compound": write_rafdb_compound,
 }

@@ -382,6 +382,122 @@ def test_folder_bad_files_come_back_as_bad_images(tmp_path: Path) -> None:
     assert found.item[bad].tolist() == ["angry/0.jpg"]
 
 
+# -- RAF-DB -------------------------------------------------------------------------------------------------------
+
+
+def test_rafdb_forms(tmp_path: Path) -> None:
+    for name, options in {
+        "release": {},
+        "README's list": {"list_name": "list_partition_label.txt"},
+        "folders": {"form": "folders"},
+    }.items():
+        expected = fakes.write_rafdb(tmp_path / name, **options)
+        found, pictures = images("rafdb", tmp_path / name)
+        assert found.counts() == expected, name
+        assert found.item[0].endswith("train_00001_aligned.jpg")
+        assert all(picture.shape == (100, 100, 3) for picture in pictures)
+        assert all(fakes.recognise(p) == label for p, label in zip(pictures, found.label, strict=True))
+        assert "test/fear: 6, official 74, -68" in found.count_differences()
+    assert found.box is None
+
+
+@pytest.mark.parametrize("root", [".", "basic"])
+def test_rafdb_roots(tmp_path: Path, root: str) -> None:
+    expected = fakes.write_rafdb(tmp_path)
+    assert manifest("rafdb", tmp_path / root).counts() == expected
+
+
+def test_rafdb_both_sets_under_one_root(tmp_path: Path) -> None:
+    basic = fakes.write_rafdb(tmp_path)
+    compound = fakes.write_rafdb(tmp_path, labels="compound")
+    assert manifest("rafdb", tmp_path).counts() == basic
+    found = manifest("rafdb_compound", tmp_path)
+    assert found.counts() == compound
+    assert found.item[0].startswith("compound/")
+
+
+def test_rafdb_zips_unpacked_into_their_own_folders(tmp_path: Path) -> None:
+    expected = fakes.write_rafdb(tmp_path)
+    for folder in ("EmoLabel", "Image/aligned", "Image/original", "Annotation/manual", "Annotation/boundingbox"):
+        path = tmp_path / "basic" / folder
+        path.rename(path.with_name("moved"))
+        path.mkdir()
+        path.with_name("moved").rename(path / path.name)
+    (tmp_path / "basic/Image/aligned/.DS_Store").write_bytes(b"x")
+    found, pictures = images("rafdb", tmp_path, image="original")
+    assert found.counts() == expected
+    assert found.box is not None
+    assert found.attributes
+    assert all(fakes.recognise(p) == label for p, label in zip(pictures, found.label, strict=True))
+    assert manifest("rafdb", tmp_path).item[0] == "basic/Image/aligned/aligned/train_00001_aligned.jpg"
+
+
+def test_rafdb_annotations(tmp_path: Path) -> None:
+    fakes.write_rafdb(tmp_path)
+    manual = tmp_path / "basic/Annotation/manual"
+    (manual / "train_00002_manu_attri.txt").unlink()
+    (manual / "train_00003_manu_attri.txt").write_text("60 50\n1")
+    (tmp_path / "basic/Annotation/boundingbox/train_00002_boundingbox.txt").write_text("30 20 20 10")  # negative width
+    (tmp_path / "basic/Annotation/boundingbox/train_00003_boundingbox.txt").write_text("-10 20 90 120")
+    found, pictures = images("rafdb", tmp_path, image="original")
+    assert found.landmarks is not None
+    assert found.box is not None
+    assert found.landmarks[0].tolist() == [[60.5, 50], [100, 50.25], [80, 70], [65, 95], [95, 95]]
+    assert np.isnan(found.landmarks[1:3]).all()
+    assert found.box[0].tolist() == [30, 20, 100, 100]
+    assert np.isnan(found.box[1]).all()
+    assert found.box[2].tolist() == [0, 20, 90, 100]
+    assert [picture.shape[:2] for picture in pictures[:3]] == [(100, 100), (160, 200), (100, 90)]
+    assert [values[3] for values in found.attributes.values()] == ["male", "Caucasian", "40-69"]
+    assert [values[1] for values in found.attributes.values()] == ["", "", ""]
+    assert "2 of 84 images have no readable manual annotation" in found.warnings
+    aligned = manifest("rafdb", tmp_path)
+    assert aligned.landmarks is None  # they belong to the photographs
+    assert aligned.attributes["gender"][3] == "male"
+
+
+def test_rafdb_list_defects(tmp_path: Path) -> None:
+    expected = fakes.write_rafdb(tmp_path)
+    path = tmp_path / "basic/EmoLabel/list_patition_label.txt"
+    lines = path.read_text().splitlines()
+    # Three columns, tabs, CRLF and a byte order mark are as good.
+    path.write_bytes(("\ufeff" + "".join(line.replace(" ", "\t") + "\t0\r\n" for line in lines)).encode())
+    assert manifest("rafdb", tmp_path).counts() == expected
+    (tmp_path / "basic/Image/aligned/test_0001_aligned.jpg").unlink()
+    path.write_text("\n".join([*lines, "train_00099.jpg 5", lines[0], "x.jpg 2", "train_00001 one", "../x.jpg 3", ""]))
+    found = manifest("rafdb", tmp_path)
+    assert len(found) == len(lines) - 1
+    reasons = [why for _, why in found.skipped]
+    assert [item for item, why in found.skipped if "not there" in why] == [
+        "basic/Image/aligned/test_0001_aligned.jpg",
+        "basic/Image/aligned/train_00099_aligned.jpg",
+    ]
+    assert sum("listed twice" in why for why in reasons) == 1
+    assert sum("neither train_ nor test_" in why for why in reasons) == 1
+    assert sum("not an image name and a label" in why for why in reasons) == 2
+    path.write_text("\n".join(line[:-1] + str(int(line[-1]) - 1) for line in lines))
+    with pytest.raises(UserError, match="counts from 1"):
+        manifest("rafdb", tmp_path)
+
+
+def test_rafdb_images_still_zipped(tmp_path: Path) -> None:
+    fakes.write_rafdb(tmp_path)
+    shutil.rmtree(tmp_path / "basic/Image/aligned")
+    with pytest.raises(UserError, match=r"unpack aligned.zip there, or set data.image=original"):
+        manifest("rafdb", tmp_path)
+
+
+def test_rafdb_folders_that_contradict(tmp_path: Path) -> None:
+    fakes.write_rafdb(tmp_path, "folders")
+    path = tmp_path / "test_labels.csv"
+    path.write_text(path.read_text().replace("test_0002_aligned.jpg,2", "test_0002_aligned.jpg,3"))
+    with pytest.raises(UserError, match=r"test_labels.csv, row 1: .* label 3 but lies in folder 2"):
+        manifest("rafdb", tmp_path)
+    (tmp_path / "DATASET/train/7").rename(tmp_path / "DATASET/train/0")
+    with pytest.raises(UserError, match="from 1 to 7"):
+        manifest("rafdb", tmp_path)
+
+
 # -- the real files -----------------------------------------------------------------------------------------------
 
 REAL = Path(os.environ["FER_DATA"]) / "fer2013" if "FER_DATA" in os.environ else None

@@ -118,6 +118,23 @@ def _to_uint8(image: PIL.Image.Image) -> Pixels:
     return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
+def valid_boxes(box: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """(N, 4) boxes x, y, width, height cut at the image's left and top; NaN where nothing is left or known."""
+    corner = np.maximum(box[:, :2], 0)
+    size = box[:, 2:] - (corner - box[:, :2])
+    good = (size > 0).all(axis=1)  # False for NaN
+    return np.where(good[:, None], np.hstack([corner, size]), np.nan).astype(np.float32)
+
+
+def crop(image: Pixels, box: np.ndarray[Any, Any]) -> Pixels:
+    """The part of ``image`` inside a box x, y, width, height; the whole image where the box is NaN or lies outside."""
+    if np.isnan(box).any():
+        return image
+    x, y, width, height = np.rint(box).astype(int)
+    part = image[max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]
+    return part if part.size else image
+
+
 def safe_join(root: Path, relative: str, source: str = "") -> Path:
     r"""The file a table names, refused unless it lies under ``root``.
 

@@ -34,13 +34,16 @@ _UNREADABLE = (
 )
 
 
-def find_form(root: Path, form: str, detectors: Mapping[str, Callable[[Path], bool]]) -> tuple[str, Path] | None:
-    """Find which form of a data set lies under ``root`` or one folder deeper, by content.
+def find_form(
+    root: Path, form: str, detectors: Mapping[str, Callable[[Path], bool]], depth: int = 1
+) -> tuple[str, Path] | None:
+    """Find which form of a data set lies under ``root`` or up to ``depth`` folders deeper, by content.
 
     Args:
         root: the data root.
         form: ``auto``, or the only form to look for.
         detectors: for each form, whether a folder holds it.
+        depth: how many levels of folders are looked into; the highest that has a form wins.
 
     Returns:
         The form and its folder, or None where nothing is recognised.
@@ -51,7 +54,8 @@ def find_form(root: Path, form: str, detectors: Mapping[str, Callable[[Path], bo
     if form not in ("auto", *detectors):
         raise UserError(f"data.form={form} is unknown: use auto or one of {', '.join(detectors)}")
     wanted = {name: fits for name, fits in detectors.items() if form in ("auto", name)}
-    for level in ([root], list(subfolders(root))):
+    level = [root]
+    for _ in range(depth + 1):
         found = [(name, folder) for folder in level for name, fits in wanted.items() if fits(folder)]
         names = sorted({name for name, _ in found})
         if len(names) > 1:
@@ -62,6 +66,7 @@ def find_form(root: Path, form: str, detectors: Mapping[str, Callable[[Path], bo
             raise UserError(f"{root}: the same form lies in several folders ({folders}); set data.root to one of them")
         if found:
             return found[0]
+        level = [below for folder in level for below in subfolders(folder)]
     return None
 
 
