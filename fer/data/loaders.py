@@ -2,7 +2,7 @@
 
 Two loaders give the same kind of batch: `ResidentLoader` slices a tensor that holds the whole store on the device,
 `WorkerLoader` lets worker processes read the memory map. Both walk an `EpochSampler`, which alone knows the order and
-how far the epoch has come. Lightning saves `state_dict` with the trainer and calls ``batch_sampler.set_epoch``.
+how far the epoch has come. Lightning saves `state_dict` with the trainer and calls ``sampler.set_epoch``.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,11 +57,16 @@ class _Loader:
     """What both loaders share: length, and a state that says which batch comes next."""
 
     def __init__(self, sampler: EpochSampler, remember_position: bool) -> None:
-        self.batch_sampler = sampler  # the name under which Lightning looks for set_epoch
+        self.sampler = sampler  # the name under which Lightning looks for set_epoch
         self.remember_position = remember_position
 
+    @property
+    def batch_sampler(self) -> EpochSampler:
+        """The sampler again: Lightning asks any loader that has a ``sampler`` for this one too."""
+        return self.sampler
+
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        return len(self.sampler)
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         raise NotImplementedError
@@ -69,16 +74,16 @@ class _Loader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch in self._batches():
             if self.remember_position:
-                self.batch_sampler.position += 1
+                self.sampler.position += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and number of batches already handed out."""
-        return {"epoch": self.batch_sampler.epoch, "position": self.batch_sampler.position}
+        return {"epoch": self.sampler.epoch, "position": self.sampler.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after the batches handed out when the state was taken."""
-        self.batch_sampler.epoch, self.batch_sampler.position = state["epoch"], state["position"]
+        self.sampler.epoch, self.sampler.position = state["epoch"], state["position"]
 
 
 Finish = Callable[[Tensor, Tensor, int], Tensor]  # uint8 images, rows, epoch -> what the network sees
@@ -102,7 +107,7 @@ class ResidentLoader(_Loader):
         self.images, self.fields, self.finish = images, fields, finish
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        for epoch, rows in self.batch_sampler:
+        for epoch, rows in self.sampler:
             index = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
             batch = {key: values[index] for key, values in self.fields.items()}
             yield {"image": self.finish(self.images[index], index, epoch), "index": index, **batch}
@@ -181,7 +186,7 @@ class WorkerLoader(_Loader):
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         # A training loader moves its position while workers read ahead; the sampler's iterator has started by then,
         # so the position counts batches handed out, never batches read.
-        epoch = self.batch_sampler.epoch
+        epoch = self.sampler.epoch
         for batch in self.loader:
             moved = {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
             image = self.finish(moved.pop("image"), moved["index"], epoch)

@@ -12,7 +12,7 @@ class ChannelGate(nn.Module):
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
-        hidden = channels // reduction
+        hidden = max(channels // reduction, 1)
         self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
 
     def gate(self, x: Tensor) -> Tensor:

@@ -91,10 +91,12 @@ class _DepthwiseHalf(nn.Module):
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.conv_dw, self.norm = block.conv_dw, block.norm
+        self.channels_first = block.use_conv_mlp  # timm's small variants normalise (B, C, H, W) instead of (B, H, W, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.norm(self.conv_dw(x).permute(0, 2, 3, 1))
-        return result.permute(0, 3, 1, 2)
+        x = self.conv_dw(x)
+        result: Tensor = self.norm(x) if self.channels_first else self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return result
 
 
 def cut_convnext(network: Any, truncate: int | Literal["released"]) -> nn.Module:
