@@ -281,6 +281,59 @@ def write_rafdb_compound(root: Path) -> Counts:
     return write_rafdb(root, labels="compound")
 
 
+# -- CK+ ----------------------------------------------------------------------------------------------------------
+
+CKPLUS = ("neutral", "anger", "contempt", "disgust", "fear", "happiness", "sadness", "surprise")  # codes 0 to 7
+CKEXTENDED = ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral", "contempt")
+CK_SUBJECTS = tuple(f"S{n:03d}" for n in (5, 10, 11, 14, 22, 26, 28, 29, 32, 34, 35, 37, 42, 44))
+
+
+def write_ckplus(root: Path, form: str = "official", *, landmarks: bool = True) -> Counts:
+    """Write CK+: 14 subjects with 3 labelled sequences each, 6 per emotion, of which the last three frames count.
+
+    Args:
+        root: the data root.
+        form: ``official`` (with an unlabelled sequence per subject, of which some have an empty Emotion folder),
+            ``ck48`` (the last three frames in class folders) or ``csv`` (ckextended.csv).
+        landmarks: whether the release's landmarks are written.
+    """
+    rows = [("emotion", "pixels", "Usage")]
+    for s, subject in enumerate(CK_SUBJECTS):
+        for k in range(4):
+            sequence = f"{k + 1:03d}"
+            code = 1 + (3 * s + k) % 7 if k < 3 else None
+            for frame in range(1, 7):
+                name = f"{subject}_{sequence}_{frame:08d}"
+                face = picture(code if code and frame > 3 else 0, 100 * s + 10 * k + frame, size=60)
+                if form == "official":
+                    image = np.full((120, 160), 90, np.uint8)
+                    image[30:90, 50:110] = face
+                    save(root / "cohn-kanade-images" / subject / sequence / f"{name}.png", image)
+                    if landmarks:
+                        points = np.random.default_rng(frame).uniform((55, 35), (105, 85), (68, 2))
+                        points[:2] = (55, 35), (105, 85)
+                        text = "".join(f"   {x:.7e}   {y:.7e}\n" for x, y in points)
+                        write_text(root / "Landmarks" / subject / sequence / f"{name}_landmarks.txt", text)
+                elif form == "ck48" and code and frame > 3:
+                    save(
+                        root / "CK+48" / CKPLUS[code].replace("happiness", "happy") / f"{name}.png",
+                        cv2.resize(face, (48, 48)),
+                    )
+                elif form == "csv" and code and frame in (1, 6):
+                    label = CKEXTENDED.index(CKPLUS[code] if frame == 6 else "neutral")
+                    usage = ("Training", "PublicTest", "PrivateTest")[s % 3]
+                    rows.append((label, pixels(cv2.resize(face, (48, 48))), usage))
+            emotion = root / "Emotion" / subject / sequence
+            if form == "official" and code:
+                write_text(emotion / f"{subject}_{sequence}_00000006_emotion.txt", f"   {code:.7e}\n")
+            elif form == "official" and s % 2:
+                emotion.mkdir(parents=True)
+                write_text(emotion / ".DS_Store", "x")
+    if form == "csv":
+        write_text(root / "ckextended.csv", table(rows))
+    return counts(("all",), CKPLUS[1:], 6 if form == "csv" else 18)
+
+
 # Class names in the order of the generated pictures, so that a test can tell the class from the pixels.
 DRAWN = {
     "fer2013": ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral"),
@@ -288,6 +341,7 @@ DRAWN = {
     "folder": ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral"),
     "rafdb": RAFDB,
     "rafdb_compound": COMPOUND,
+    "ckplus": CKPLUS,
 }
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
@@ -296,4 +350,5 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "folder": write_folder,
     "rafdb": write_rafdb,
     "rafdb_compound": write_rafdb_compound,
+    "ckplus": write_ckplus,
 }

@@ -9,6 +9,7 @@ import fakes
 import hydra
 import numpy as np
 import pytest
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from fer.data.base import ExpressionDataModule
@@ -44,7 +45,10 @@ def config(name: str) -> Any:
 
 def reader(name: str, root: Path, **options: Any) -> ExpressionDataModule:
     """The data set as its YAML builds it, on another root."""
-    return hydra.utils.instantiate(config(name), **COMMON, root=str(root), **options)
+    try:
+        return hydra.utils.instantiate(config(name), **COMMON, root=str(root), **options)
+    except InstantiationException as error:
+        raise error.__cause__ or error from None
 
 
 def manifest(name: str, root: Path, **options: Any) -> Manifest:
@@ -496,6 +500,123 @@ def test_rafdb_folders_that_contradict(tmp_path: Path) -> None:
     (tmp_path / "DATASET/train/7").rename(tmp_path / "DATASET/train/0")
     with pytest.raises(UserError, match="from 1 to 7"):
         manifest("rafdb", tmp_path)
+
+
+# -- CK+ ----------------------------------------------------------------------------------------------------------
+
+EMOTIONS = ["anger", "contempt", "disgust", "fear", "happiness", "sadness", "surprise"]
+
+
+@pytest.mark.parametrize("form", ["official", "ck48", "csv"])
+def test_ckplus_forms(tmp_path: Path, form: str) -> None:
+    expected = fakes.write_ckplus(tmp_path, form)
+    found, pictures = images("ckplus", tmp_path)
+    assert found.counts() == expected
+    drawn = [fakes.CKPLUS.index(found.class_names[label]) for label in found.label]
+    assert [fakes.recognise(picture) for picture in pictures] == drawn
+    if form == "csv":
+        assert found.subject is None
+        assert "names no subjects" in found.warnings[0]
+        assert "all/anger: 6, official 45, -39" in found.count_differences()
+        return
+    assert found.subject is not None
+    assert found.sequence is not None
+    assert sorted(set(found.subject)) == sorted(fakes.CK_SUBJECTS)
+    assert len(set(found.sequence)) == 42  # of 56: the others have no label
+    assert [item[-12:-4] for item in found.item[:3]] == ["00000004", "00000005", "00000006"]
+    assert "all/anger: 18, official 135, -117" in found.count_differences()
+
+
+@pytest.mark.parametrize(("form", "per_class"), [("official", 6), ("ck48", 6)])
+def test_ckplus_peak_frames(tmp_path: Path, form: str, per_class: int) -> None:
+    fakes.write_ckplus(tmp_path, form)
+    found = manifest("ckplus", tmp_path, frames="last1")
+    assert found.counts()["all"] == dict.fromkeys(EMOTIONS, per_class)
+    assert {item[-12:] for item in found.item} == {"00000006.png"}
+    assert "all/contempt: 6, official 18, -12" in found.count_differences()
+
+
+def test_ckplus_neutral_frames(tmp_path: Path) -> None:
+    fakes.write_ckplus(tmp_path / "release")
+    found, pictures = images("ckplus", tmp_path / "release", neutral=True, class_names=["neutral", *EMOTIONS])
+    assert found.counts()["all"] == {"neutral": 42} | dict.fromkeys(EMOTIONS, 18)
+    drawn = [fakes.CKPLUS.index(found.class_names[label]) for label in found.label]
+    assert [fakes.recognise(picture) for picture in pictures] == drawn
+    # Without contempt its sequences go whole, the first frames too.
+    basic = [name for name in EMOTIONS if name != "contempt"]
+    found = manifest("ckplus", tmp_path / "release", neutral=True, class_names=["neutral", *basic])
+    assert found.counts()["all"] == {"neutral": 36} | dict.fromkeys(basic, 18)
+    assert found.official is not None
+    assert found.official["all"]["neutral"] == 309
+    fakes.write_ckplus(tmp_path / "csv", "csv")
+    found = manifest("ckplus", tmp_path / "csv", neutral=True, class_names=["neutral", *EMOTIONS])
+    assert found.counts()["all"]["neutral"] == 42
+    fakes.write_ckplus(tmp_path / "ck48", "ck48")
+    with pytest.raises(UserError, match="no neutral frames"):
+        manifest("ckplus", tmp_path / "ck48", neutral=True, class_names=["neutral", *EMOTIONS])
+    for options in ({"neutral": True}, {"class_names": ["neutral", *EMOTIONS]}):
+        with pytest.raises(UserError, match=r"data.neutral=.* does not fit data.class_names"):
+            reader("ckplus", tmp_path, **options)
+
+
+def test_ckplus_official_counts() -> None:
+    from fer.data.ckplus import SEQUENCES
+
+    assert (sum(SEQUENCES.values()), 3 * sum(SEQUENCES.values())) == (327, 981)
+    assert [3 * n for n in SEQUENCES.values()] == [135, 54, 177, 75, 207, 84, 249]
+
+
+def test_ckplus_faces_are_cut_out(tmp_path: Path) -> None:
+    fakes.write_ckplus(tmp_path / "with")
+    found, pictures = images("ckplus", tmp_path / "with")
+    assert found.landmarks is not None
+    assert found.landmarks.shape == (126, 68, 2)
+    assert found.landmarks[0, 0].tolist() == [55, 35]
+    assert found.box is not None
+    np.testing.assert_allclose(found.box[0], [50, 30, 60, 60])  # 1.2 times the landmarks' 50 px, round their middle
+    assert pictures[0].shape == (60, 60)
+    fakes.write_ckplus(tmp_path / "without", landmarks=False)
+    found, pictures = images("ckplus", tmp_path / "without")
+    assert pictures[0].shape == (120, 160)
+    assert "whole frames" in found.warnings[0]
+
+
+def test_ckplus_defects(tmp_path: Path) -> None:
+    fakes.write_ckplus(tmp_path)
+    emotion = tmp_path / "Emotion"
+    (emotion / "S005/001/S005_001_00000006_emotion.txt").write_text("   8.0000000e+00\n")
+    (emotion / "S010/001/S010_001_00000006_emotion.txt").write_text("")
+    shutil.rmtree(tmp_path / "cohn-kanade-images/S011/001")
+    (tmp_path / "Landmarks/S014/001/S014_001_00000005_landmarks.txt").write_text("1 2 3")
+    found = manifest("ckplus", tmp_path)
+    assert len(found) == 126 - 9
+    assert [item for item, _ in found.skipped] == [
+        "Emotion/S005/001/S005_001_00000006_emotion.txt",
+        "Emotion/S010/001/S010_001_00000006_emotion.txt",
+        "Emotion/S011/001/S011_001_00000006_emotion.txt",
+    ]
+    assert found.box is not None
+    assert np.isnan(found.box).all(1).sum() == 1
+
+
+def test_ckplus_zips_unpacked_into_their_own_folders(tmp_path: Path) -> None:
+    expected = fakes.write_ckplus(tmp_path)
+    for name, folder in (("cohn-kanade-images", "extended-cohn-kanade-images"), ("Emotion", "Emotion_labels")):
+        (tmp_path / name).rename(tmp_path / "moved")
+        (tmp_path / folder).mkdir()
+        (tmp_path / "moved").rename(tmp_path / folder / name)
+    found, pictures = images("ckplus", tmp_path)
+    assert found.counts() == expected
+    assert pictures[0].shape == (60, 60)
+
+
+def test_ckplus_default_folds() -> None:
+    from fer.data.ckplus import default_folds
+
+    subjects = np.array(
+        ["S034", "S005", "S035", "S010", "S005", "S011", "S032", "S014", "S022", "S026", "S028", "S029"]
+    )
+    assert default_folds(subjects, 10).tolist() == [9, 0, 0, 1, 0, 2, 8, 3, 4, 5, 6, 7]
 
 
 # -- the real files -----------------------------------------------------------------------------------------------
