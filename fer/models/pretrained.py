@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 from huggingface_hub import constants, get_session, is_offline_mode, try_to_load_from_cache
-from torch import nn
 
 from fer.errors import UserError
 
@@ -16,7 +15,7 @@ _PROBE_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
-def timm_network(name: str, pretrained: bool, options: Mapping[str, Any]) -> tuple[nn.Module, str]:
+def timm_network(name: str, pretrained: bool, options: Mapping[str, Any]) -> tuple[Any, str]:
     """Build a timm network.
 
     Weights already in the Hugging Face cache are read from there without any network. Otherwise the hub is probed
@@ -68,14 +67,14 @@ def timm_network(name: str, pretrained: bool, options: Mapping[str, Any]) -> tup
 
 
 def _probe(url: str) -> str | None:
-    """Why ``url`` cannot be reached, or None if it answers; at most `_PROBE_SECONDS`, even when name resolution hangs."""
+    """Why ``url`` cannot be reached, or None if it answers; in `_PROBE_SECONDS` even when name resolution hangs."""
     outcome: list[str | None] = []
 
     def ask() -> None:
         try:
             get_session().head(url, timeout=_PROBE_SECONDS)
             outcome.append(None)
-        except Exception as error:  # noqa: BLE001  whatever went wrong, the user wants the one sentence
+        except Exception as error:  # whatever went wrong, the user wants the one sentence
             outcome.append(f"{type(error).__name__}: {error}")
 
     thread = threading.Thread(target=ask, daemon=True)
