@@ -297,12 +297,19 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
             fields["valence_arousal"] = manifest.valence_arousal.astype(np.float32)
         return fields
 
-    def _loader(self, part: Part) -> ResidentLoader | WorkerLoader:
-        train, resident, device = part == "train", self.is_resident(), self.device
-        trainer = self.trainer
+    def _sampler(self, part: Part) -> EpochSampler:
+        train, trainer = part == "train", self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         batch_size = self.batch_size if train else self.eval_batch_size
-        sampler = EpochSampler(self._order(part), batch_size, drop_last=train, rank=rank, world_size=world)
+        return EpochSampler(self._order(part), batch_size, drop_last=train, rank=rank, world_size=world)
+
+    def train_batches(self) -> int:
+        """Batches of a training epoch on each device."""
+        return len(self._sampler("train"))
+
+    def _loader(self, part: Part) -> ResidentLoader | WorkerLoader:
+        train, resident, device = part == "train", self.is_resident(), self.device
+        sampler = self._sampler(part)
         finish = Finish(
             size=self.image_size,
             mean=self.mean,

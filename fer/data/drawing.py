@@ -73,7 +73,7 @@ def render(
     intensity: float,
     pose: float = 1.0,
     light: float = 1.0,
-    occlusion: float = 0.15,
+    occlusion: float = 0.1,
 ) -> Face:
     """Draw picture ``index`` of the world ``seed``.
 

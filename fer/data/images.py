@@ -179,6 +179,6 @@ def list_images(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
 
 def subfolders(folder: Path) -> Iterator[Path]:
     """Folders directly in ``folder``, sorted, without hidden ones and those that archive tools leave behind."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith((".", "__MACOSX")):
-            yield path
+    with os.scandir(folder) as entries:  # tells folders apart without a stat per file
+        names = sorted(entry.name for entry in entries if entry.is_dir())
+    yield from (folder / name for name in names if not name.startswith((".", "__MACOSX")))

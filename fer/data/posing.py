@@ -106,20 +106,20 @@ def draw_conditions(rng: np.random.Generator, *, pose: float, light: float, occl
     around, towards = 2 * np.pi * u[0], 0.3 + 0.55 * u[1]
     flat = np.sqrt(1 - towards**2)
     return Conditions(
-        yaw=pose * 0.27 * n[0],
-        pitch=pose * 0.13 * n[1],
-        roll=pose * 0.15 * n[2],
-        scale=0.415 * float(np.exp(pose * 0.09 * n[3])),
-        centre=0.5 + pose * 0.045 * n[4:6],
+        yaw=pose * 0.18 * n[0],
+        pitch=pose * 0.09 * n[1],
+        roll=pose * 0.12 * n[2],
+        scale=0.415 * float(np.exp(pose * 0.06 * n[3])),
+        centre=0.5 + pose * 0.034 * n[4:6],
         gaze=0.025 * n[6:8] * (1, 0.4),
         light=np.array([flat * np.cos(around), flat * np.sin(around), towards]),
-        ambient=1 - light * (0.35 + 0.4 * u[2]),
-        shadow=np.array([2 * np.pi * u[3], 0.5 * u[4], light * 0.5 * max(0.0, 2 * u[5] - 1)]),
-        exposure=float(np.exp(light * 0.28 * n[8])),
-        gamma=float(np.exp(light * 0.22 * n[9])),
-        tint=1 + light * 0.12 * (2 * u[6:9] - 1),
-        blur=light * 0.014 * u[9],
-        noise=light * 9 * u[10],
+        ambient=1 - light * (0.25 + 0.35 * u[2]),
+        shadow=np.array([2 * np.pi * u[3], 0.5 * u[4], light * 0.4 * max(0.0, 2 * u[5] - 1)]),
+        exposure=float(np.exp(light * 0.22 * n[8])),
+        gamma=float(np.exp(light * 0.18 * n[9])),
+        tint=1 + light * 0.1 * (2 * u[6:9] - 1),
+        blur=light * 0.011 * u[9],
+        noise=light * 7 * u[10],
         occluder=OCCLUDERS[1 + int(3 * u[12])] if u[11] < occlusion else "none",
     )
 
@@ -133,7 +133,7 @@ def geometry(
     intensity: float,
     pose: float = 1.0,
     light: float = 1.0,
-    occlusion: float = 0.15,
+    occlusion: float = 0.1,
 ) -> Geometry:
     """Place everything of a picture without painting it; the arguments are those of `fer.data.drawing.render`."""
     person = identity(seed, subject)

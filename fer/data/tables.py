@@ -55,7 +55,9 @@ def find_form(
         raise UserError(f"data.form={form} is unknown: use auto or one of {', '.join(detectors)}")
     wanted = {name: fits for name, fits in detectors.items() if form in ("auto", name)}
     level = [root]
-    for _ in range(depth + 1):
+    for step in range(depth + 1):
+        if step:
+            level = [below for folder in level for below in subfolders(folder)]
         found = [(name, folder) for folder in level for name, fits in wanted.items() if fits(folder)]
         names = sorted({name for name, _ in found})
         if len(names) > 1:
@@ -66,7 +68,6 @@ def find_form(
             raise UserError(f"{root}: the same form lies in several folders ({folders}); set data.root to one of them")
         if found:
             return found[0]
-        level = [below for folder in level for below in subfolders(folder)]
     return None
 
 

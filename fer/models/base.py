@@ -1,6 +1,7 @@
 """The LightningModule every architecture shares: one step, counts on the device, the injected loss and optimiser."""
 
 import abc
+import math
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -167,10 +168,17 @@ class ExpressionModule(LightningModule, abc.ABC):
             self.loss_function.setup(torch.as_tensor(counts))
 
     def configure_optimizers(self) -> Any:
-        """Build optimiser and schedule from the injected recipe."""
-        epochs = self.trainer.max_epochs or 1
-        steps = max(1, int(self.trainer.estimated_stepping_batches) // epochs)
-        return self.optim.configure(self.parameter_groups(), steps_per_epoch=steps, max_epochs=epochs)
+        """Build optimiser and schedule from the injected recipe.
+
+        Counts the steps itself: ``trainer.estimated_stepping_batches`` would make the loaders before a checkpoint's
+        loader state is read, and a resumed epoch would begin at its first batch again.
+        """
+        trainer = self.trainer
+        batches: int = trainer.datamodule.train_batches()  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+        return self.optim.configure(self.parameter_groups(), steps_per_epoch=steps, max_epochs=trainer.max_epochs or 1)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip as the recipe says; the paper's value belongs with its optimiser."""
