@@ -8,6 +8,7 @@ reader must find. `WRITERS` has, for each YAML in ``conf/data`` that reads files
 import csv
 import functools
 import io
+import json
 import lzma
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -334,6 +335,71 @@ def write_ckplus(root: Path, form: str = "official", *, landmarks: bool = True) 
     return counts(("all",), CKPLUS[1:], 6 if form == "csv" else 18)
 
 
+# -- AffectNet ----------------------------------------------------------------------------------------------------
+
+AFFECTNET = ("neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt")
+AFFECTNET_HEADER = (
+    *("subDirectory_filePath", "face_x", "face_y", "face_width", "face_height"),
+    *("facial_landmarks", "expression", "valence", "arousal"),
+)
+
+
+def write_affectnet(root: Path, form: str = "release2017", *, header: bool = True) -> Counts:
+    """Write AffectNet; every part has images of the labels none, uncertain and no-face too.
+
+    Args:
+        root: the data root.
+        form: ``release2017``, ``npy`` (the later release) or ``plus`` (AffectNet+).
+        header: whether the csv lists have their header.
+    """
+    for part in ("training", "validation"):
+        rows: list[Sequence[Any]] = [AFFECTNET_HEADER] if header else []
+        for i in range(11 * N):
+            label, seed = i % 11, i + 1000 * (part == "training")
+            valence, arousal = (-2, -2) if label > 7 else (round(label / 8 - 0.5, 3), 0.25)
+            points = [round(float(v), 2) for v in np.random.default_rng(i).uniform(10, 70, 136)]
+            face = picture(label, seed, size=60, colour=True)
+            if form == "release2017":
+                image = np.full((80, 90, 3), 90, np.uint8)
+                image[10:70, 20:80] = face
+                name = f"{1 + i % 2}/{seed * 7919:056x}.{'png' if i % 5 == 4 else 'jpg'}"
+                save(root / "Manually_Annotated/Manually_Annotated_Images" / name, image)
+                rows.append((name, 20, 10, 60, 60, ";".join(map(str, points)), label, valence, arousal))
+                continue
+            number = 3 * i + 2  # not consecutive
+            if form == "npy":
+                folder = root / {"training": "train_set", "validation": "val_set"}[part]
+                (folder / "annotations").mkdir(parents=True, exist_ok=True)
+                facts = {"exp": str(label) if i % 2 else label, "val": str(valence), "aro": arousal, "lnd": points}
+                for kind, value in facts.items():
+                    np.save(folder / "annotations" / f"{number}_{kind}.npy", np.array(value))
+            else:
+                folder = root / "human_annotated" / {"training": "train_set", "validation": "validation_set"}[part]
+                fact = {
+                    "human-label": label,
+                    "soft-label": [0.75 if c == label else 0.05 for c in range(8)],
+                    "subset": i % 3,
+                    "meta-data": {
+                        "valence": valence,
+                        "arousal": arousal,
+                        "age": 20 + i % 30,
+                        "gender": {"female": 10.0, "male": 90.0},
+                        "race": {"asian": 60.0, "white": 40.0},
+                        "landmark-68": points,
+                    },
+                }
+                write_text(folder / "annotations" / f"{number}.json", json.dumps(fact))
+            save(folder / "images" / f"{number}.jpg", face)
+        if form == "release2017":
+            write_text(root / "Manually_Annotated_file_lists" / f"{part}.csv", table(rows))
+    return counts(("train", "test"), AFFECTNET)
+
+
+def write_affectnet7(root: Path) -> Counts:
+    """AffectNet; the seven classes are chosen by the configuration."""
+    return write_affectnet(root)
+
+
 # Class names in the order of the generated pictures, so that a test can tell the class from the pixels.
 DRAWN = {
     "fer2013": ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral"),
@@ -342,6 +408,8 @@ DRAWN = {
     "rafdb": RAFDB,
     "rafdb_compound": COMPOUND,
     "ckplus": CKPLUS,
+    "affectnet": AFFECTNET,
+    "affectnet7": AFFECTNET,
 }
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
@@ -351,4 +419,6 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "rafdb": write_rafdb,
     "rafdb_compound": write_rafdb_compound,
     "ckplus": write_ckplus,
+    "affectnet": write_affectnet,
+    "affectnet7": write_affectnet7,
 }

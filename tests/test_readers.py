@@ -619,6 +619,136 @@ def test_ckplus_default_folds() -> None:
     assert default_folds(subjects, 10).tolist() == [9, 0, 0, 1, 0, 2, 8, 3, 4, 5, 6, 7]
 
 
+# -- AffectNet ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["release2017", "npy", "plus"])
+def test_affectnet_forms(tmp_path: Path, form: str) -> None:
+    expected = fakes.write_affectnet(tmp_path, form)
+    found, pictures = images("affectnet", tmp_path, landmarks=True)
+    assert found.counts() == expected  # none, uncertain and no-face are left out
+    assert not found.skipped
+    assert all(fakes.recognise(p) == label for p, label in zip(pictures, found.label, strict=True))
+    assert all(picture.shape == (60, 60, 3) for picture in pictures)  # cut to the box, or released so
+    assert found.valence_arousal is not None
+    np.testing.assert_allclose(found.valence_arousal[:, 0], found.label / 8 - 0.5, atol=1e-6)
+    np.testing.assert_allclose(found.valence_arousal[:, 1], 0.25)
+    assert found.landmarks is not None
+    points = np.round(np.random.default_rng(0).uniform(10, 70, 136), 2).reshape(68, 2)
+    np.testing.assert_allclose(found.landmarks[list(found.split).index("train")], points, atol=1e-4)
+    contempt = 499 if form == "npy" else 500
+    assert f"test/contempt: 6, official {contempt}, -{contempt - 6}" in found.count_differences()
+    assert manifest("affectnet", tmp_path).landmarks is None
+
+
+def test_affectnet_plus_facts(tmp_path: Path) -> None:
+    fakes.write_affectnet(tmp_path, "plus")
+    odd = tmp_path / "human_annotated/train_set/annotations"
+    (odd / "2.json").write_text('{"human-label": 0, "soft-label": [1, 2], "meta-data": null}')
+    (odd / "5.json").write_text("{")
+    (odd / "8.json").write_text("[1]")
+    found = manifest("affectnet", tmp_path)
+    assert found.soft is not None
+    np.testing.assert_allclose(found.soft[0], [1, 0, 0, 0, 0, 0, 0, 0])  # nothing usable: the label alone
+    np.testing.assert_allclose(found.soft[1], np.where(np.arange(8) == 3, 0.75, 0.05) / 1.1, atol=1e-6)
+    assert [values[0] for values in found.attributes.values()] == ["", "", "", ""]
+    assert [values[1] for values in found.attributes.values()] == ["easy", "male", "asian", "20-29"]
+    assert [item.rpartition("/")[2] for item, _ in found.skipped] == ["5.jpg", "8.jpg"]
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_affectnet_lists_as_they_circulate(tmp_path: Path, header: bool) -> None:
+    expected = fakes.write_affectnet(tmp_path, header=header)
+    path = tmp_path / "Manually_Annotated_file_lists/training.csv"
+    folder = tmp_path / "Manually_Annotated/Manually_Annotated_Images/1"
+    lines = path.read_text().splitlines()
+    rows = [line.split(",") for line in lines]
+    good = rows[header]
+    (folder / "a.tif").write_bytes(b"x")
+    odd = [
+        ["1/" + "f" * 56 + ".jpg"],  # the malformed row
+        [*good[:6], "happy", *good[7:]],
+        [*good[:6], "11", *good[7:]],
+        ["", *good[1:]],
+        good,  # once more
+        ["1/absent.jpg", *good[1:]],
+        ["1/a.tif", *good[1:]],
+        ["1/x/absent.jpg", *good[1:]],
+    ]
+    rows[header + 1][1:5] = ["NULL"] * 4
+    rows[header + 2][1:5] = ["-10", "10", "50", "60"]
+    rows[header + 3][1:5] = ["20", "10", "-5", "60"]
+    rows[header + 4][7:] = ["-2", "-2"]
+    path.write_bytes(("\ufeff" + fakes.table([*rows, *odd], newline="\r\n")).encode())
+    found, pictures = images("affectnet", tmp_path)
+    assert found.counts() == expected
+    assert [why.split(";")[0].split(",")[0] for _, why in found.skipped] == [
+        "1 fields",
+        *["expected a file and an expression 0 to 10"] * 3,
+        "listed twice",
+        "listed",
+        ".tif is not read",
+        "listed",
+    ]
+    assert found.box is not None
+    assert found.valence_arousal is not None
+    assert found.box[:4].tolist()[0] == [20, 10, 60, 60]
+    assert np.isnan(found.box[[1, 3]]).all()
+    assert found.box[2].tolist() == [0, 10, 40, 60]
+    assert [picture.shape[:2] for picture in pictures[:4]] == [(60, 60), (80, 90), (60, 40), (80, 90)]
+    assert np.isnan(found.valence_arousal[4]).all()
+    whole, pictures = images("affectnet", tmp_path, crop="none")
+    assert pictures[0].shape == (80, 90, 3)
+    assert "whole images" in whole.form
+
+
+def test_affectnet_paths_stay_under_the_root(tmp_path: Path) -> None:
+    fakes.write_affectnet(tmp_path / "data")
+    path = tmp_path / "data/Manually_Annotated_file_lists/training.csv"
+    text = path.read_text()
+    first = text.splitlines()[1]
+    for name in ("../../../secret.jpg", "/etc/secret.jpg", "1/../../../x.jpg"):
+        path.write_text(text + first.replace(first.split(",")[0], name) + "\n")
+        with pytest.raises(UserError, match=r"training.csv:66: the path .* must be relative"):
+            manifest("affectnet", tmp_path / "data")
+    path.write_text(text)
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    (tmp_path / "data/Manually_Annotated/Manually_Annotated_Images/1/link.jpg").symlink_to(tmp_path / "secret.jpg")
+    with pytest.raises(UserError, match="leading outside"):
+        manifest("affectnet", tmp_path / "data")
+
+
+def test_affectnet_images_not_unpacked(tmp_path: Path) -> None:
+    fakes.write_affectnet(tmp_path)
+    shutil.rmtree(tmp_path / "Manually_Annotated")
+    with pytest.raises(UserError, match="unpack the images"):
+        manifest("affectnet", tmp_path)
+
+
+def test_affectnet_npy_defects(tmp_path: Path) -> None:
+    fakes.write_affectnet(tmp_path, "npy")
+    folder = tmp_path / "train_set"
+    np.save(folder / "annotations/2_exp.npy", np.array({"a": 1}, dtype=object), allow_pickle=True)
+    (folder / "annotations/5_exp.npy").write_bytes(b"")
+    (folder / "annotations/8_exp.npy").unlink()
+    (folder / "images/11.jpg").unlink()
+    np.save(folder / "annotations/14_exp.npy", np.array([4]))
+    np.save(folder / "annotations/17_exp.npy", np.array("5.0"))
+    np.save(folder / "annotations/20_exp.npy", np.array(3.5))
+    (folder / "annotations/14_val.npy").unlink()
+    found = manifest("affectnet", tmp_path)
+    reasons = {item.rpartition("/")[2]: why for item, why in found.skipped}
+    assert list(reasons) == ["2.jpg", "5.jpg", "8.jpg", "11", "20.jpg"]
+    assert "allow_pickle" in reasons["2.jpg"]
+    assert reasons["8.jpg"] == "has no annotation"
+    assert reasons["11"] == "has no image"
+    items = [item.rpartition("/")[2] for item in found.item[:3]]
+    assert items == ["14.jpg", "17.jpg", "23.jpg"]
+    assert found.label[:2].tolist() == [4, 5]
+    assert found.valence_arousal is not None
+    assert np.isnan(found.valence_arousal[0]).all()
+
+
 # -- the real files -----------------------------------------------------------------------------------------------
 
 REAL = Path(os.environ["FER_DATA"]) / "fer2013" if "FER_DATA" in os.environ else None

@@ -298,11 +298,10 @@ def _lists(folder: Path) -> dict[str, Path]:
     found = {}
     for place in (folder, folder / "Manually_Annotated_file_lists"):
         for path in csv_files(place) if place.is_dir() else ():
-            if plain_name(path).lower() in _LISTS:
-                if any(
-                    "/" in row["subdirectory_filepath"] and row["expression"].isdecimal() for row in _first_rows(path)
-                ):
-                    found[_LISTS[plain_name(path).lower()]] = path
+            part = _LISTS.get(plain_name(path).lower())
+            rows = _first_rows(path) if part else []
+            if part and any("/" in row["subdirectory_filepath"] and row["expression"].isdecimal() for row in rows):
+                found[part] = path
     return found
 
 
@@ -313,8 +312,8 @@ def _image_folder(folder: Path, path: Path) -> Path:
         if any((folder / name / directory).is_dir() for directory in directories):
             return folder / name
     raise UserError(
-        f"{path} names files in {', '.join(sorted(directories)[:3])} ..., which are in none of {', '.join(_IMAGES)} under "
-        f"{folder}; unpack the images"
+        f"{path} names files in {', '.join(sorted(directories)[:3])} ..., which are in none of {', '.join(_IMAGES)} "
+        f"under {folder}; unpack the images"
     )
 
 
