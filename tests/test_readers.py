@@ -71,30 +71,57 @@ def same_classes(found: dict[str, dict[str, int]], expected: dict[str, dict[str,
 FILE_SETS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem in fakes.WRITERS)
 
 
-@pytest.mark.parametrize("name", FILE_SETS)
-def test_every_default_form(tmp_path: Path, name: str) -> None:
-    expected = fakes.WRITERS[name](tmp_path)
-    found, pictures = images(name, tmp_path)
+@pytest.fixture(scope="module", params=FILE_SETS)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    """A data set's default form, only to be read: its name, its root, the counts to be found."""
+    root = tmp_path_factory.mktemp(request.param) / "unpacked"
+    return request.param, root, fakes.WRITERS[request.param](root)
+
+
+def test_every_yaml_of_files_has_a_writer() -> None:
+    assert {path.stem for path in CONF.glob("[!_]*.yaml")} - set(fakes.WRITERS) <= {"synthetic", "scenes"}
+
+
+def test_every_default_form(tmp_path: Path, written: tuple[str, Path, Any]) -> None:
+    name, root, expected = written
+    found, pictures = images(name, root)
     assert same_classes(found.counts(), expected)
+    assert min(n for classes in expected.values() for n in classes.values()) >= 6
     assert len(np.unique(found.item)) == len(found)
     assert all(isinstance(picture, np.ndarray) and picture.dtype == np.uint8 for picture in pictures)
     assert all(picture.ndim == 2 or picture.shape[2] == 3 for picture in pictures)
     # The generated pictures tell the class, so a label that slipped to another image shows.
-    for picture, label in zip(pictures, found.label, strict=True):
-        assert fakes.recognise(picture) == fakes.DRAWN[name].index(found.class_names[label])
-    with (tmp_path / "manifest.npz").open("wb") as file:
-        file.write(found.to_bytes())
+    drawn = [fakes.DRAWN[name].index(found.class_names[label]) for label in found.label]
+    assert [fakes.recognise(picture) for picture in pictures] == drawn
+    (tmp_path / "manifest.npz").write_bytes(found.to_bytes())
     assert Manifest.load(tmp_path / "manifest.npz").counts() == found.counts()
-
-
-@pytest.mark.parametrize("name", FILE_SETS)
-def test_same_images_without_the_manifest_call(tmp_path: Path, name: str) -> None:
-    """A manifest read back from the store serves a fresh reader."""
-    fakes.WRITERS[name](tmp_path)
-    found, pictures = images(name, tmp_path)
+    # A manifest read back from the store serves a fresh reader.
     rows = np.array([len(found) - 1, 0])
-    again = list(reader(name, tmp_path).images(found, rows))
+    again = list(reader(name, root).images(found, rows))
     assert all(np.array_equal(a, pictures[row]) for a, row in zip(again, rows, strict=True))
+    # The YAML's classes are the data set's own, in its order.
+    assert [c for c in found.class_names if c in config(name).class_names] == list(config(name).class_names)
+
+
+def test_one_folder_deeper(written: tuple[str, Path, Any]) -> None:
+    name, root, expected = written
+    found, pictures = images(name, root.parent)
+    assert same_classes(found.counts(), expected)
+    assert all(isinstance(picture, np.ndarray) for picture in pictures)
+
+
+def test_two_copies_are_refused(tmp_path: Path, written: tuple[str, Path, Any]) -> None:
+    name, root, _ = written
+    for copy in ("a", "b"):
+        (tmp_path / copy).symlink_to(root)
+    with pytest.raises(UserError, match="several folders"):
+        manifest(name, tmp_path)
+
+
+def test_unknown_form(written: tuple[str, Path, Any]) -> None:
+    name, root, _ = written
+    with pytest.raises(UserError, match=r"data.form=nonsense"):
+        manifest(name, root, form="nonsense")
 
 
 @pytest.mark.parametrize("name", FILE_SETS)
@@ -104,29 +131,6 @@ def test_nothing_there(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"data.root=") as caught:
         manifest(name, tmp_path)
     assert str(tmp_path) in str(caught.value)
-
-
-@pytest.mark.parametrize("name", FILE_SETS)
-def test_one_folder_deeper(tmp_path: Path, name: str) -> None:
-    expected = fakes.WRITERS[name](tmp_path / "unpacked")
-    found, pictures = images(name, tmp_path)
-    assert same_classes(found.counts(), expected)
-    assert all(isinstance(picture, np.ndarray) for picture in pictures)
-
-
-@pytest.mark.parametrize("name", FILE_SETS)
-def test_two_copies_are_refused(tmp_path: Path, name: str) -> None:
-    fakes.WRITERS[name](tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(UserError, match="several folders"):
-        manifest(name, tmp_path)
-
-
-@pytest.mark.parametrize("name", FILE_SETS)
-def test_unknown_form(tmp_path: Path, name: str) -> None:
-    fakes.WRITERS[name](tmp_path)
-    with pytest.raises(UserError, match=r"data.form=nonsense"):
-        manifest(name, tmp_path, form="nonsense")
 
 
 # -- FER2013 ------------------------------------------------------------------------------------------------------
@@ -356,6 +360,14 @@ def test_folder_forms_and_names(tmp_path: Path) -> None:
     assert found.class_names == ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")
     fakes.write_folder(tmp_path / "named", "classes", classes=("happy", "Bored", "angry"))
     assert manifest("folder", tmp_path / "named").class_names == ("Bored", "angry", "happy")
+
+
+def test_folder_refuses_classes_beside_parts(tmp_path: Path) -> None:
+    expected = fakes.write_folder(tmp_path, "parts")
+    fakes.write_folder(tmp_path, "classes")
+    with pytest.raises(UserError, match=r"data.form=classes or data.form=parts"):
+        manifest("folder", tmp_path)
+    assert same_classes(manifest("folder", tmp_path, form="parts").counts(), expected)
 
 
 def test_folder_subjects(tmp_path: Path) -> None:

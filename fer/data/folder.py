@@ -58,8 +58,8 @@ subjects.csv                    optional, with the columns path,subject"""
             UserError: no class folder has an image, or subjects.csv does not fit the images.
         """
         detectors = {
-            "parts": lambda folder: any(_classes(path) for path, _ in _part_folders(folder)),
-            "classes": lambda folder: not _part_folders(folder) and bool(_classes(folder)),
+            "parts": lambda folder: any(_class_folders(path) for path, _ in _part_folders(folder)),
+            "classes": lambda folder: bool(_class_folders(folder)),
         }
         found = find_form(Path(self.root), self.form, detectors)
         if found is None:
@@ -68,7 +68,7 @@ subjects.csv                    optional, with the columns path,subject"""
         items, names, parts = [], [], []
         skipped: Skipped = []
         for directory, part in _part_folders(folder) if form == "parts" else [(folder, "")]:
-            for class_folder in _classes(directory):
+            for class_folder in _class_folders(directory):
                 prefix = class_folder.relative_to(self.root).as_posix()
                 files, left_out = list_images(class_folder)
                 skipped += [(f"{prefix}/{file}", reason) for file, reason in left_out]
@@ -118,9 +118,9 @@ def _part_folders(folder: Path) -> list[tuple[Path, str]]:
     return [(path, _PARTS[path.name.lower()]) for path in subfolders(folder) if path.name.lower() in _PARTS]
 
 
-def _classes(folder: Path) -> list[Path]:
-    """Folders directly in ``folder`` that hold an image."""
-    return [path for path in subfolders(folder) if list_images(path)[0]]
+def _class_folders(folder: Path) -> list[Path]:
+    """Folders directly in ``folder`` that hold an image, but for those named as parts."""
+    return [path for path in subfolders(folder) if path.name.lower() not in _PARTS and list_images(path)[0]]
 
 
 def _class_names(names: set[str]) -> dict[str, str]:
