@@ -1,0 +1,131 @@
+"""MobileFaceNet (Chen et al. 2018, arXiv 1804.07573) as a landmark network's trunk, 911,232 parameters.
+
+Its modules carry the names of cunjian/pytorch_face_landmark, so that a checkpoint of that project fits.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fer.errors import UserError
+
+INPUT_SIZE = 112
+CHANNELS = (64, 128, 512)  # of the maps at 28x28, 14x14 and 7x7
+
+
+def _conv(
+    in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1, prelu: bool = True
+) -> nn.Sequential:
+    layers: dict[str, nn.Module] = OrderedDict(
+        conv=nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
+        bn=nn.BatchNorm2d(out_channels),
+    )
+    if prelu:
+        layers["prelu"] = nn.PReLU(out_channels)
+    return nn.Sequential(OrderedDict(layers))
+
+
+class _Bottleneck(nn.Module):
+    """Expand, depthwise, project; residual where the shape stays."""
+
+    def __init__(self, in_channels: int, out_channels: int, hidden: int, stride: int) -> None:
+        super().__init__()
+        self.conv = _conv(in_channels, hidden)
+        self.conv_dw = _conv(hidden, hidden, kernel=3, stride=stride, groups=hidden)
+        self.project = _conv(hidden, out_channels, prelu=False)
+        self.residual = stride == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.project(self.conv_dw(self.conv(x)))
+        return x + y if self.residual else y
+
+
+def _residuals(channels: int, hidden: int, count: int) -> nn.Sequential:
+    blocks = nn.Sequential(*(_Bottleneck(channels, channels, hidden, stride=1) for _ in range(count)))
+    return nn.Sequential(OrderedDict(model=blocks))
+
+
+class MobileFaceNet(nn.Module):
+    """The trunk: (B, 3, 112, 112) in [0, 1] -> maps (B, 64, 28, 28), (B, 128, 14, 14), (B, 512, 7, 7)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = _conv(3, 64, kernel=3, stride=2)
+        self.conv2_dw = _conv(64, 64, kernel=3, groups=64)
+        self.conv_23 = _Bottleneck(64, 64, hidden=128, stride=2)
+        self.conv_3 = _residuals(64, hidden=128, count=4)
+        self.conv_34 = _Bottleneck(64, 128, hidden=256, stride=2)
+        self.conv_4 = _residuals(128, hidden=256, count=6)
+        self.conv_45 = _Bottleneck(128, 128, hidden=512, stride=2)
+        self.conv_5 = _residuals(128, hidden=256, count=2)
+        self.conv_6_sep = _conv(128, 512)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """The three maps, fine to coarse."""
+        fine = self.conv_3(self.conv_23(self.conv2_dw(self.conv1(image))))
+        middle = self.conv_4(self.conv_34(fine))
+        coarse = self.conv_6_sep(self.conv_5(self.conv_45(middle)))
+        return [fine, middle, coarse]
+
+
+def resized(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) at another side, bilinear and antialiased; never in bf16, which not every device has for this."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return F.interpolate(wide, size=size, mode="bilinear", antialias=True).to(x.dtype)
+
+
+class LandmarkStream(nn.Module):
+    """MobileFaceNet fed as it was trained: the image's normalisation undone, 112 pixels.
+
+    Args:
+        mean: Normalisation of the images that will arrive.
+        std: The same.
+        checkpoint: A checkpoint of cunjian/pytorch_face_landmark's MobileFaceNet. With it the stream is frozen, its
+            batch norms included; without it the stream starts from random weights and is trained.
+
+    Raises:
+        UserError: The checkpoint is missing or of another network.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: list[float], std: list[float], checkpoint: str | None) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.network = MobileFaceNet()
+        self.frozen = checkpoint is not None
+        self.weights = "random, trained" if checkpoint is None else f"{Path(checkpoint).name}, frozen"
+        if checkpoint is not None:
+            _load(self.network, Path(checkpoint))
+            self.network.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "LandmarkStream":
+        """A frozen stream stays in eval mode, or training would move its batch-norm statistics."""
+        return super().train(mode and not self.frozen)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) normalised -> the three maps of `MobileFaceNet`."""
+        maps: list[Tensor] = self.network(resized(image * self.std + self.mean, INPUT_SIZE))
+        return maps
+
+
+def _load(network: MobileFaceNet, path: Path) -> None:
+    if not path.is_file():
+        raise UserError(
+            f"model.landmark_ckpt: there is no file {path}; model.landmark_ckpt=null trains the stream instead"
+        )
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    weights = {name.removeprefix("module."): value for name, value in content.get("state_dict", content).items()}
+    weights = {name: value for name, value in weights.items() if not name.startswith("output_layer")}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"model.landmark_ckpt: {path} does not hold the MobileFaceNet of cunjian/pytorch_face_landmark "
+            f"({str(error).splitlines()[-1].strip()}); model.landmark_ckpt=null trains the stream instead"
+        ) from None

@@ -1,0 +1,155 @@
+"""Two-stream network: DINOv2 image features queried by facial landmark features.
+
+G. Da Re, "Attention mechanism and Visual Transformer models for Facial Emotion Recognition in natural settings",
+Politecnico di Milano, 2023 (executive summary). POSTER++ (Mao et al., arXiv 2301.12149) with its image network replaced
+by DINOv2. The windows are 7x7 on every level, as the text says; POSTER++'s released code uses one window per level
+(``windows: [28, 14, 7]``). 112,204,230 parameters at 8 classes.
+"""
+
+from typing import Any, Unpack
+
+from torch import Tensor, nn
+
+from fer.errors import UserError
+from fer.layers import mobilefacenet
+from fer.layers.mobilefacenet import LandmarkStream, resized
+from fer.layers.pyramid_fusion import GRIDS, LEVELS, PyramidFusion
+from fer.models.base import ExpressionModule, ModuleOptions
+from fer.models.optim import layer_decay_groups
+from fer.models.pretrained import timm_network
+
+
+class TransformerPyramid(nn.Module):
+    """Levels of a timm vision transformer: the patches after each third of its blocks, resized to the level's grid."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+        blocks = len(backbone.blocks)
+        self.taps = [blocks * third // 3 - 1 for third in (1, 2, 3)]
+        self.reduce = nn.ModuleList(nn.Conv2d(backbone.embed_dim, channels, 1) for channels in LEVELS)
+        self.smooth = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for channels in LEVELS)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> (B, 64, 28, 28), (B, 128, 14, 14), (B, 256, 7, 7)."""
+        maps = self.backbone.forward_intermediates(image, indices=self.taps, norm=True, intermediates_only=True)
+        levels = zip(maps, self.reduce, self.smooth, GRIDS, strict=True)
+        return [smooth(resized(reduce(x), grid)) for x, reduce, smooth, grid in levels]
+
+
+class TwoStreamNetwork(nn.Module):
+    """Image pyramid, landmark pyramid, fusion, classifier.
+
+    Args:
+        pyramid: (B, 3, H, W) -> (B, 64, 28, 28), (B, 128, 14, 14), (B, 256, 7, 7).
+        landmarks: The landmark stream, or None to query the image with itself.
+        num_classes: Size of the output.
+        windows: As in `PyramidFusion`, and so are the next two.
+        dim: Of the tokens.
+        depth: Transformer layers.
+    """
+
+    def __init__(
+        self,
+        pyramid: nn.Module,
+        landmarks: LandmarkStream | None,
+        num_classes: int,
+        windows: list[int],
+        dim: int,
+        depth: int,
+    ) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+        self.landmarks = landmarks
+        if landmarks is not None:
+            self.landmark_last = nn.Conv2d(mobilefacenet.CHANNELS[-1], LEVELS[-1], 3, padding=1)
+        self.fusion = PyramidFusion(windows, dim, depth)
+        self.classifier = nn.Linear(dim, num_classes)
+
+    def landmark_pyramid(self, image: Tensor) -> list[Tensor] | None:
+        """(B, 3, H, W) -> maps of the image pyramid's shapes, or None without a landmark stream."""
+        if self.landmarks is None:
+            return None
+        fine, middle, coarse = self.landmarks(image)
+        return [fine, middle, self.landmark_last(coarse)]
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, dim)."""
+        features: Tensor = self.fusion(self.pyramid(image), self.landmark_pyramid(image))
+        return features
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> logits (B, num_classes)."""
+        logits: Tensor = self.classifier(self.forward_features(image))
+        return logits
+
+
+def check_windows(windows: list[int]) -> None:
+    """Refuse windows that do not divide the maps.
+
+    Raises:
+        UserError: Not three windows, or one that does not divide its map.
+    """
+    if len(windows) != len(GRIDS) or any(grid % window for grid, window in zip(GRIDS, windows, strict=True)):
+        raise UserError(f"model.windows={windows} must be three sides dividing {list(GRIDS)}: use [7,7,7] or [28,14,7]")
+
+
+class TwoStream(ExpressionModule):
+    """`TwoStreamNetwork` on the bench.
+
+    Args:
+        backbone: Any timm vision transformer; DINOv2 in the paper.
+        pretrained: Start the backbone from timm's weights of that name.
+        landmark: Query with landmark features; false queries the image with itself.
+        landmark_ckpt: MobileFaceNet's checkpoint, see `LandmarkStream`; null trains the stream from random weights.
+        windows: As in `PyramidFusion`, and so are the next two.
+        dim: Of the fusion's tokens.
+        depth: Of the fusion's transformer.
+        drop_path: Stochastic depth of the backbone.
+        backbone_lr: Learning rate of the backbone's last layer over the recipe's.
+        layer_decay: Learning rate of a backbone layer over the next one's.
+
+    Raises:
+        UserError: Windows that do not divide the maps, or a wrong checkpoint.
+    """
+
+    network: TwoStreamNetwork
+
+    def __init__(
+        self,
+        backbone: str,
+        pretrained: bool,
+        landmark: bool,
+        landmark_ckpt: str | None,
+        windows: list[int],
+        dim: int,
+        depth: int,
+        drop_path: float,
+        backbone_lr: float,
+        layer_decay: float,
+        **options: Unpack[ModuleOptions],
+    ) -> None:
+        super().__init__(**options)
+        check_windows(windows)
+        settings = {"num_classes": 0, "img_size": self.image_size, "drop_path_rate": drop_path}
+        vit, self.weights = timm_network(backbone, pretrained, settings)
+        stream = LandmarkStream(self.mean, self.std, landmark_ckpt) if landmark else None
+        if stream is not None:
+            self.weights += f"; landmarks: {stream.weights}"
+        self.network = TwoStreamNetwork(TransformerPyramid(vit), stream, self.num_classes, windows, dim, depth)
+        self.backbone_lr, self.layer_decay = backbone_lr, layer_decay
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        """The coarsest fused map, 7x7."""
+        return self.network.fusion.cross[-1]
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, dim), what the classifier sees."""
+        return self.network.forward_features(image)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The backbone with layer decay from its own learning rate, the rest at the recipe's."""
+        rest = [p for name, p in self.network.named_parameters() if not name.startswith("pyramid.backbone.")]
+        backbone = self.network.pyramid.get_submodule("backbone")
+        return [*layer_decay_groups(backbone, self.layer_decay, self.backbone_lr), {"params": rest}]
