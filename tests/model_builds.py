@@ -15,6 +15,9 @@ MODELS = sorted(path.stem for path in (CONF / "model").glob("[!_]*.yaml"))
 SEVEN = ["anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise"]
 EIGHT = sorted([*SEVEN, "contempt"])
 CHEAP = {
+    "dan": ["backbone=test_resnet", "image_size=64", "heads=2"],
+    "posterpp": ["blocks=[1,1,1]", "dim=32", "depth=1"],
+    "two_stream": ["backbone=test_vit", "image_size=64", "dim=32", "depth=1"],
     "cbam_resnet": ["width=32", "layers=[1,1,1,1]"],
     "convcut": ["backbone=convnext_atto", "truncate=2", "image_size=96"],
     "resattn_vit": [
@@ -24,6 +27,7 @@ CHEAP = {
     "vit": ["backbone=test_vit", "image_size=64"],
     "swin": ["image_size=64", "arguments.embed_dim=16", "arguments.depths=[1,1,2,1]", "arguments.window_size=2"],
 }
+HEAVY = {"posterpp", "two_stream"}  # not to be made small: minutes of CPU time to learn anything
 
 
 def build(name: str, *overrides: str, classes: list[str] = SEVEN) -> ExpressionModule:
@@ -76,10 +80,10 @@ def parameter_count(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def neighbour_dependence(module: ExpressionModule) -> float:
+def neighbour_dependence(module: ExpressionModule, dtype: torch.dtype = torch.float64) -> float:
     """Largest change of an image's logits between being alone, in a batch, permuted, and among other images (T1)."""
-    module = shaken(module).double()
-    batch, others = images(8, module.image_size).double(), images(3, module.image_size, seed=1).double()
+    module = shaken(module).to(dtype)
+    batch, others = images(8, module.image_size).to(dtype), images(3, module.image_size, seed=1).to(dtype)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         logits = module(batch)

@@ -16,6 +16,7 @@ from model_builds import (
     CHEAP,
     CONF,
     EIGHT,
+    HEAVY,
     MODELS,
     batch_of,
     build,
@@ -53,7 +54,11 @@ def test_yaml_begins_with_its_command(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_predictions_do_not_depend_on_neighbours(name):
-    assert neighbour_dependence(cheap(name)) < 1e-9
+    """An image's logits are its own (T1)."""
+    if name in HEAVY:
+        assert neighbour_dependence(cheap(name), torch.float32) < 1e-4
+    else:
+        assert neighbour_dependence(cheap(name)) < 1e-9
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -78,7 +83,7 @@ def test_shapes_and_classes(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_trainable_parameter_learns(name):
-    """A finite gradient, not all zero, within two steps of an odd batch (T3); then 16 images are learned (T4)."""
+    """A finite gradient, not all zero, within two steps of an odd batch (T3)."""
     module = cheap(name).train()
     built = module.optim.configure(module.parameter_groups(), steps_per_epoch=100, max_epochs=100)["optimizer"]
     in_optimizer = {p for group in built.param_groups for p in group["params"]}
@@ -98,8 +103,9 @@ def test_every_trainable_parameter_learns(name):
     assert not silent
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.slow] * (m in HEAVY)) for m in MODELS])
 def test_overfits(name):
+    """Sixteen images are learned (T4)."""
     module = cheap(name).train()
     for layer in module.modules():
         if isinstance(layer, nn.Dropout):
@@ -108,12 +114,13 @@ def test_overfits(name):
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
     for _ in range(80):
         loss, logits = module.loss(batch)
-        if (logits.argmax(1) == batch["label"]).all() and loss < 0.7:
+        cross_entropy = nn.functional.cross_entropy(logits.detach(), batch["label"])
+        if (logits.argmax(1) == batch["label"]).all() and cross_entropy < 0.7:
             return
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    pytest.fail(f"loss {loss.item():.2f} after 80 steps")
+    pytest.fail(f"cross-entropy {cross_entropy.item():.2f} after 80 steps")
 
 
 @pytest.mark.parametrize("name", MODELS)
