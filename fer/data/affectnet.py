@@ -110,7 +110,7 @@ human_annotated/{train_set,validation_set}/annotations/<n>.json"""
                 where = f"{plain_name(path)}:{row}"
                 if not name or not expression.isdecimal() or int(expression) >= LABELS:
                     skipped.append(
-                        (where, f"expected a file and an expression 0 to {LABELS - 1}, found '{expression}'")
+                        (where, f"expected a file and an expression 0 to {LABELS - 1}, found {expression!r}")
                     )
                     continue
                 if int(expression) >= len(CLASSES):

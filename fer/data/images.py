@@ -149,10 +149,10 @@ def safe_join(root: Path, relative: str, source: str = "") -> Path:
     parts = relative.replace("\\", "/").split("/")
     where = f"{source}: " if source else ""
     if not relative or "\0" in relative or parts[0] == "" or parts[0].endswith(":") or ".." in parts:
-        raise UserError(f"{where}the path '{relative}' must be relative and stay under {root}; correct that row")
+        raise UserError(f"{where}the path {relative!r} must be relative and stay under {root}; correct that row")
     path = root.joinpath(*parts)
     if not path.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{where}'{relative}' is a link leading outside {root}; copy the file there or drop that row")
+        raise UserError(f"{where}{relative!r} is a link leading outside {root}; copy the file there or drop that row")
     return path
 
 

@@ -230,7 +230,7 @@ def _read_list(path: Path, skipped: Skipped) -> Iterator[tuple[str, int]]:
         if len(fields) >= 2 and "." in fields[0] and "/" not in fields[0] and fields[1].isdecimal():
             yield fields[0], int(fields[1])
         elif fields:
-            skipped.append((f"{path.name}:{number}", f"'{line.strip()[:60]}' is not an image name and a label"))
+            skipped.append((f"{path.name}:{number}", f"{line.strip()[:60]!r} is not an image name and a label"))
 
 
 def _with_files(folder: Path, ending: str) -> Path:

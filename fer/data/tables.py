@@ -183,7 +183,7 @@ def read_rows(
             if missing or not (has_header or headerless) or not first.strip():
                 wanted = ", ".join(required or columns)
                 raise UserError(
-                    f"{path}: expected the columns {wanted} in the first line, found '{first.strip()[:80]}'"
+                    f"{path}: expected the columns {wanted} in the first line, found {first.strip()[:80]!r}"
                 )
             if len(set(names)) < len(names):
                 raise UserError(f"{path}: the header names a column twice ({', '.join(names)}); remove one of them")
@@ -252,7 +252,7 @@ def read_pixel_table(path: Path, classes: int, usages: Sequence[str] | None = No
         try:
             label = _label(values["emotion"], classes)
             if usages is not None and values["usage"] not in usages:
-                raise ValueError(f"Usage '{values['usage']}' is none of {', '.join(usages)}")
+                raise ValueError(f"Usage {values['usage']!r} is none of {', '.join(usages)}")
             image = _pixels(values["pixels"])
         except ValueError as error:
             skipped.append((f"{plain_name(path)}:{last}", str(error)))
@@ -275,7 +275,7 @@ def read_pixel_table(path: Path, classes: int, usages: Sequence[str] | None = No
 
 def _label(text: str, classes: int) -> int:
     if not text.isdecimal() or int(text) >= classes:
-        raise ValueError(f"label '{text}' is not a whole number from 0 to {classes - 1}")
+        raise ValueError(f"label {text!r} is not a whole number from 0 to {classes - 1}")
     return int(text)
 
 
