@@ -73,7 +73,8 @@ def stat_fingerprint(root: Path) -> str:
                     folders.append(entry.path)
                 else:
                     stat = entry.stat()
-                    digest.update(f"{entry.path[len(str(root)) :]}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+                    name = os.fsencode(entry.path[len(str(root)) :])
+                    digest.update(name + f"|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
