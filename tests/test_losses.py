@@ -12,6 +12,7 @@ from torch import nn
 from fer.errors import UserError
 from fer.models.losses import ClassBalanced, CrossEntropy, ExpressionLoss, Focal, SoftCrossEntropy
 from fer.models.optim import Constant, Cosine, OneCycle, Recipe, StepDecay
+from fer.models.sam import SAM
 
 CONF = Path(__file__).parents[1] / "conf"
 COUNTS = torch.tensor([400, 9, 120, 30, 900, 1, 60])
@@ -223,3 +224,56 @@ def test_recipe_clips():
     parameter.grad = torch.tensor([30.0, 40.0])
     recipe.clip(iter([parameter]))
     assert parameter.grad.tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_sam_descends_along_the_uphill_gradient():
+    """On f(w) = sum a w^2 with plain SGD: w - lr 2 a (w + rho g / |g|), g = 2 a w."""
+    a, lr, rho = torch.tensor([1.0, 3.0]), 0.1, 0.05
+    w = nn.Parameter(torch.tensor([2.0, -1.0]))
+    start = w.detach().clone()
+    optimizer = SAM([w], lr=lr, rho=rho, base=torch.optim.SGD)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (a * w**2).sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    gradient = 2 * a * start
+    uphill = start + rho * gradient / gradient.norm()
+    torch.testing.assert_close(w.detach(), start - lr * 2 * a * uphill)
+    assert loss.item() == pytest.approx(7.0)
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step()
+
+
+def test_sam_resumes():
+    """State and learning rate of the base optimiser travel through the state dict."""
+    torch.manual_seed(0)
+
+    def make(weight):
+        layer = nn.Linear(3, 1)
+        layer.weight.data.copy_(weight)
+        layer.bias.data.zero_()
+        return layer, SAM(layer.parameters(), lr=0.1, rho=0.05, base=torch.optim.Adam)
+
+    def run(layer, optimizer, steps):
+        def closure():
+            optimizer.zero_grad()
+            loss = (layer(torch.eye(3)) - torch.tensor([[1.0], [2.0], [3.0]])).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(steps):
+            optimizer.step(closure)
+
+    straight, optimizer = make(torch.ones(1, 3))
+    run(straight, optimizer, 6)
+    first, optimizer = make(torch.ones(1, 3))
+    run(first, optimizer, 3)
+    second, resumed = make(first.weight)
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    run(second, resumed, 3)
+    assert torch.equal(second.weight, straight.weight)
