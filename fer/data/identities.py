@@ -15,10 +15,15 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 Colour = tuple[int, int, int]
 
+PERSON, PICTURE, PAINT, SENSOR, PLAN = range(5)  # kinds of random streams
+
 # Index of the landmark each landmark becomes when the image is mirrored.
 MIRROR_68 = np.array(
-    [*range(16, -1, -1), *range(26, 16, -1), *range(27, 31), *range(35, 30, -1), *range(45, 41, -1), 47, 46]
-    + [*range(39, 35, -1), 41, 40, *range(54, 47, -1), *range(59, 54, -1), *range(64, 59, -1), *range(67, 64, -1)]
+    [
+        *(*range(16, -1, -1), *range(26, 16, -1), *range(27, 31), *range(35, 30, -1)),  # jaw, brows, nose
+        *(*range(45, 41, -1), 47, 46, *range(39, 35, -1), 41, 40),  # eyes
+        *(*range(54, 47, -1), *range(59, 54, -1), *range(64, 59, -1), *range(67, 64, -1)),  # outer and inner lips
+    ]
 )
 _RIGHT = (*range(9, 17), *range(22, 27), 34, 35, *range(42, 48), *range(52, 57), *range(63, 66))
 SIDE = np.zeros(68)  # -1 left, +1 right, 0 on the midline
@@ -111,7 +116,10 @@ def _blendshapes() -> Array:
     return shapes
 
 
-_STRENGTHS = {name: [np.array([v[a] if a in v else 0.0 for a in AUS]) for v in variants] for name, variants in PROTOTYPES.items()}
+_STRENGTHS = {
+    name: [np.array([(a in v) and v[a] for a in AUS], np.float64) for v in variants]
+    for name, variants in PROTOTYPES.items()
+}
 _BLENDSHAPES = _blendshapes()
 _ON_SIDE = np.stack([(1 - SIDE) / 2, (1 + SIDE) / 2])  # share of the left and the right activation in each landmark
 
@@ -183,12 +191,16 @@ def _neutral(width: float, vary: Any) -> Array:
     upper, lower = vary(0.075, 0.009), vary(0.05, 0.006)
     along = np.array([-1, -0.4, 0.4, 1, 0.4, -0.4])
     p[42:48, 0] = eye_x + eye * along
-    p[42:48, 1] = eye_y - slant * along + upper * np.array([0.1, -1, -1, 0, 0, 0]) + lower * np.array([0, 0, 0, 0, 1, 1])
+    p[42:48, 1] = (
+        eye_y - slant * along + upper * np.array([0.1, -1, -1, 0, 0, 0]) + lower * np.array([0, 0, 0, 0, 1, 1])
+    )
     p[42:48, 2] = 0.44 - 0.07 * along
 
     t = np.linspace(0, 1, 5)
     p[22:27, 0] = eye_x + vary(0.46, 0.03) * (t - 0.48)
-    p[22:27, 1] = eye_y - vary(0.24, 0.022) - vary(0.05, 0.02) * np.sin(np.pi * (0.1 + 0.8 * t)) + vary(0.0, 0.02) * (t - 0.5)
+    p[22:27, 1] = (
+        eye_y - vary(0.24, 0.022) - vary(0.05, 0.02) * np.sin(np.pi * (0.1 + 0.8 * t)) + vary(0.0, 0.02) * (t - 0.5)
+    )
     p[22:27, 2] = 0.56 - 0.22 * t
 
     nose_y, nose, tip = vary(0.31, 0.03), vary(0.15, 0.02), vary(0.80, 0.05)
@@ -219,7 +231,7 @@ def _neutral(width: float, vary: Any) -> Array:
 @lru_cache(maxsize=4096)
 def identity(seed: int, subject: int) -> Identity:
     """The person ``subject`` of the world ``seed``: a pure function of both."""
-    rng = stream(seed, 0, subject)
+    rng = stream(seed, PERSON, subject)
 
     def vary(mean: float, spread: float) -> float:
         return mean + spread * float(np.clip(rng.standard_normal(), -2, 2))
@@ -262,20 +274,25 @@ def identity(seed: int, subject: int) -> Identity:
 def activations(person: Identity, expression: str, intensity: float, rng: np.random.Generator) -> Array:
     """Draw (2, A) activations of the left and the right half of the face.
 
+    A variant of the expression's prototype, its strengths varied by the person's style, by the picture (12 %) and
+    between the halves (6 %). Contempt shows on one half only.
+
     Args:
-        expression: canonical name; its prototype's strengths are varied by the person's style, by the picture
-            (12 %) and between the halves (6 %). Contempt shows on one half only.
+        person: who shows it.
+        expression: canonical name.
         intensity: 0 (nothing) to 1 (full).
+        rng: where the variation comes from.
     """
     variants = _STRENGTHS[expression]
     strength = variants[int(len(variants) * rng.random())]
-    varied = person.style * np.exp(0.12 * np.clip(rng.standard_normal(len(AUS)), -2, 2))
-    halves = 1 + 0.06 * np.clip(rng.standard_normal((2, len(AUS))), -2, 2)
+    varied = person.style * np.exp(0.12 * rng.standard_normal(len(AUS)).clip(-2, 2))
+    halves = 1 + 0.06 * rng.standard_normal((2, len(AUS))).clip(-2, 2)
+    calm_half = int(2 * rng.random())
     if expression == "contempt":
-        halves[int(2 * rng.random())] *= 0.08
+        halves[calm_half] *= 0.08
     unrelated = 0.06 * np.abs(rng.standard_normal(len(AUS)))  # faces are never quite still
-    both = intensity * strength * varied * halves + unrelated
-    both[:, AUS.index(27)] *= strength[AUS.index(27)] > 0
+    unrelated[AUS.index(27)] = 0
+    both: Array = intensity * strength * varied * halves + unrelated
     return both
 
 

@@ -3,13 +3,15 @@
 Image units: x right and y down, 0 to 1 over the picture's side, so that one picture is the same at every size.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from scipy.interpolate import CubicSpline
 
-from fer.data.identities import Array, Identity, activations, deform, identity, stream
+from fer.data.identities import PICTURE, Array, Identity, activations, deform, identity, stream
 
 OCCLUDERS = ("none", "hand", "mask", "object")
 _CAMERA = 0.12  # strength of the perspective: 1 / distance, face units
@@ -28,7 +30,7 @@ class Conditions:
         gaze: (2,) shift of the irises, face units.
         light: (3,) unit vector towards the lamp (right, down, towards the viewer).
         ambient: share of the light that has no direction.
-        shadow: (3,) angle, offset and depth of the edge of a cast shadow.
+        shadow: angle, offset and depth of the edge of a cast shadow.
         exposure, gamma: of the camera.
         tint: (3,) colour of the light.
         blur: standard deviation, image units.
@@ -44,7 +46,7 @@ class Conditions:
     gaze: Array
     light: Array
     ambient: float
-    shadow: Array
+    shadow: tuple[float, float, float]
     exposure: float
     gamma: float
     tint: Array
@@ -98,26 +100,28 @@ def draw_conditions(rng: np.random.Generator, *, pose: float, light: float, occl
     """Draw how a picture is taken.
 
     Args:
+        rng: where the chance comes from.
         pose: 1 for the usual spread of head pose, position and size, 0 for frontal and centred faces.
         light: 1 for the usual spread of light, exposure, blur and noise, 0 for even light and a perfect camera.
         occlusion: probability of a hand, a mask or an object before the face.
     """
-    n, u = np.clip(rng.standard_normal(10), -2.2, 2.2), rng.random(16)
-    around, towards = 2 * np.pi * u[0], 0.3 + 0.55 * u[1]
-    flat = np.sqrt(1 - towards**2)
+    n: list[float] = rng.standard_normal(10).clip(-2.2, 2.2).tolist()
+    u: list[float] = rng.random(13).tolist()
+    around, towards = 2 * math.pi * u[0], 0.3 + 0.55 * u[1]
+    flat = math.sqrt(1 - towards**2)
     return Conditions(
         yaw=pose * 0.18 * n[0],
         pitch=pose * 0.09 * n[1],
         roll=pose * 0.12 * n[2],
-        scale=0.415 * float(np.exp(pose * 0.06 * n[3])),
-        centre=0.5 + pose * 0.034 * n[4:6],
-        gaze=0.025 * n[6:8] * (1, 0.4),
-        light=np.array([flat * np.cos(around), flat * np.sin(around), towards]),
+        scale=0.415 * math.exp(pose * 0.06 * n[3]),
+        centre=0.5 + pose * 0.034 * np.array(n[4:6]),
+        gaze=np.array([0.025 * n[6], 0.01 * n[7]]),
+        light=np.array([flat * math.cos(around), flat * math.sin(around), towards]),
         ambient=1 - light * (0.25 + 0.35 * u[2]),
-        shadow=np.array([2 * np.pi * u[3], 0.5 * u[4], light * 0.4 * max(0.0, 2 * u[5] - 1)]),
-        exposure=float(np.exp(light * 0.22 * n[8])),
-        gamma=float(np.exp(light * 0.18 * n[9])),
-        tint=1 + light * 0.1 * (2 * u[6:9] - 1),
+        shadow=(2 * math.pi * u[3], 0.5 * u[4], light * 0.4 * max(0.0, 2 * u[5] - 1)),
+        exposure=math.exp(light * 0.22 * n[8]),
+        gamma=math.exp(light * 0.18 * n[9]),
+        tint=1 + light * 0.1 * (2 * np.array(u[6:9]) - 1),
         blur=light * 0.011 * u[9],
         noise=light * 7 * u[10],
         occluder=OCCLUDERS[1 + int(3 * u[12])] if u[11] < occlusion else "none",
@@ -137,7 +141,7 @@ def geometry(
 ) -> Geometry:
     """Place everything of a picture without painting it; the arguments are those of `fer.data.drawing.render`."""
     person = identity(seed, subject)
-    rng = stream(seed, 1, index)
+    rng = stream(seed, PICTURE, index)
     conditions = draw_conditions(rng, pose=pose, light=light, occlusion=occlusion)
     activation = activations(person, expression, intensity, rng)
     face = deform(person, activation)
@@ -145,7 +149,8 @@ def geometry(
     irises[:, :2] += conditions.gaze
     rotation = _rotation(conditions)
     flat = _project(np.concatenate([face, irises, _JAW @ face[:17], _still(person)]), rotation, conditions)
-    landmarks, irises, jaw, spots, ears, hairline, front, skull = np.split(flat, _cuts(len(person.freckles)))
+    cuts = itertools.pairwise(itertools.accumulate((0, *_COUNTS, len(person.freckles), _SPHERE.size // 3)))
+    landmarks, irises, jaw, ears, hairline, front, spots, skull = (flat[a:b] for a, b in cuts)
     skin = np.concatenate([jaw, hairline, front])
     low, high = np.minimum(skin.min(0), landmarks.min(0)), np.maximum(skin.max(0), landmarks.max(0))
     return Geometry(
@@ -196,7 +201,9 @@ def _project(points: Array, rotation: Array, conditions: Conditions) -> Array:
 
 _JAW = spline(17, 49)
 _ARC = np.linspace(0, np.pi, 17)
-_LONGITUDE, _LATITUDE = np.meshgrid(np.linspace(0, 2 * np.pi, 16, endpoint=False), np.linspace(0.15, 2.0, 10), indexing="ij")
+_LONGITUDE, _LATITUDE = np.meshgrid(
+    np.linspace(0, 2 * np.pi, 16, endpoint=False), np.linspace(0.15, 2.0, 10), indexing="ij"
+)
 _SPHERE = np.stack(
     [np.sin(_LATITUDE) * np.cos(_LONGITUDE), -np.cos(_LATITUDE), np.sin(_LATITUDE) * np.sin(_LONGITUDE)], axis=-1
 )
@@ -204,11 +211,12 @@ _VOLUME = {"bald": 1.0, "short": 1.05, "fringe": 1.08, "side": 1.1, "long": 1.1,
 
 
 _FRONT = np.array([[0.72, -0.1, 0.38], [0.66, 0.2, 0.36], [0.5, 0.45, 0.38], [0.66, -0.4, 0.32], [0.4, -0.5, 0.55]])
+_COUNTS = (68, 2, len(_JAW), 2, len(_ARC), 2 * len(_FRONT))  # landmarks, irises, jaw, ears, hairline, front
 
 
 @lru_cache(maxsize=4096)
 def _still(person: Identity) -> Array:
-    """(n, 3) points no action unit moves: freckles, ears, hairline, front, skull.
+    """(n, 3) points no action unit moves: ears, hairline, front, freckles, skull.
 
     The front are points of cheeks and forehead that become the outline when the head turns; the skull holds the
     meridians of the head and its hair from the crown down, long hair going on to the shoulders.
@@ -223,10 +231,4 @@ def _still(person: Identity) -> Array:
     if person.hair == "long":
         skull[:, -3:, 1] = np.array([0.25, 0.6, 0.95])
         skull[:, -3:, 2] = np.minimum(skull[:, -3:, 2], -0.2)
-    return np.concatenate([spots, ears, hairline, front, skull.reshape(-1, 3)])
-
-
-def _cuts(freckles: int) -> Array:
-    """Where landmarks, irises, jaw, freckles, ears, hairline, front and skull part in the stacked points."""
-    cuts: Array = np.cumsum([68, 2, len(_JAW), freckles, 2, len(_ARC), 2 * len(_FRONT)])
-    return cuts
+    return np.concatenate([ears, hairline, front, spots, skull.reshape(-1, 3)])

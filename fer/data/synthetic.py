@@ -13,7 +13,7 @@ import numpy as np
 
 from fer.data.base import DataOptions, ExpressionDataModule, Image
 from fer.data.drawing import annotations, paint
-from fer.data.identities import stream
+from fer.data.identities import PLAN, stream
 from fer.data.manifest import PARTS, Array, Manifest
 from fer.data.posing import Geometry, geometry
 from fer.errors import UserError
@@ -178,7 +178,7 @@ class Synthetic(ExpressionDataModule):
         parts = []
         for p, part in enumerate(PARTS):
             number = np.arange(self.sizes[part])
-            rng = stream(self.image_seed, 4, p)
+            rng = stream(self.image_seed, PLAN, p)
             # Multiples of the golden ratio fill [0, 1) evenly: any stretch of images has the right proportions.
             drawn = np.searchsorted(edges, (rng.random() + number * _GOLDEN) % 1, side="right")
             # A longer table begins with the rows of a shorter one.
