@@ -125,3 +125,8 @@ class CBAMResNet(ExpressionModule):
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), what the classifier sees."""
         return self.network.forward_features(image)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """(B, D) -> logits (B, K)."""
+        logits: Tensor = self.network.classifier(features)
+        return logits

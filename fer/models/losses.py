@@ -1,7 +1,7 @@
 """Losses on logits. All work in float32, whatever precision the network ran in."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,23 @@ from torch.nn import functional as F
 from fer.errors import UserError
 
 Batch = Mapping[str, Tensor]
+
+
+class Classifier(Protocol):
+    """What a loss may ask of a module; see `fer.models.base.ExpressionModule`."""
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        """The last layer with a spatial output."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> logits (B, K)."""
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D)."""
+
+    def classify(self, features: Tensor) -> Tensor:
+        """(B, D) -> logits (B, K)."""
 
 
 class ExpressionLoss(nn.Module):
@@ -21,6 +38,12 @@ class ExpressionLoss(nn.Module):
     def forward(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean loss of the batch, a float32 scalar."""
         raise NotImplementedError
+
+    def objective(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of a batch through a module, and its (B, K) logits; for losses that need more to override."""
+        logits = module(batch["image"])
+        loss: Tensor = self(logits, batch)
+        return loss, logits
 
 
 class CrossEntropy(ExpressionLoss):

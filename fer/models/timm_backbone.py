@@ -44,7 +44,7 @@ class TimmBackbone(ExpressionModule):
 
     @property
     def cam_layer(self) -> nn.Module:
-        """The last feature layer: (B, C, H, W) for convolutions, tokens (B, 1 + N, C) for a ViT, (B, H, W, C) for Swin."""
+        """The last feature layer: (B, C, H, W); a ViT's gives tokens (B, 1 + N, C), a Swin's (B, H, W, C)."""
         layer: nn.Module = self.network.get_submodule(self.network.feature_info[-1]["module"])
         # After a ViT's last attention only the class token reaches the logits, so the patches are looked at before it.
         return layer.norm1 if isinstance(layer, Block) else layer
@@ -53,6 +53,11 @@ class TimmBackbone(ExpressionModule):
         """(B, 3, H, W) -> (B, D), what the classifier sees."""
         features: Tensor = self.network.forward_head(self.network.forward_features(image), pre_logits=True)
         return features
+
+    def classify(self, features: Tensor) -> Tensor:
+        """(B, D) -> logits (B, K)."""
+        logits: Tensor = self.network.get_classifier()(features)
+        return logits
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """All parameters, with layer decay if asked."""

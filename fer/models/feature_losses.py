@@ -1,0 +1,183 @@
+"""Losses that look at features besides logits; each adds a weighted term to an injected classification loss."""
+
+import abc
+
+import torch
+from torch import Tensor
+
+from fer.errors import UserError
+from fer.models.losses import Batch, Classifier, ExpressionLoss
+
+
+class FeatureLoss(ExpressionLoss, abc.ABC):
+    """``classification + weight * term(features, label)``, in training and wherever the loss is asked for."""
+
+    def __init__(self, classification: ExpressionLoss, weight: float) -> None:
+        super().__init__()
+        self.classification = classification
+        self.weight = weight
+
+    def setup(self, class_counts: Tensor) -> None:
+        """Hand the counts to the classification loss."""
+        self.classification.setup(class_counts)
+
+    @abc.abstractmethod
+    def term(self, features: Tensor, label: Tensor, num_classes: int) -> Tensor:
+        """The scalar added for float32 features (B, D)."""
+
+    def forward(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Refuse: logits alone are not enough.
+
+        Raises:
+            UserError: Always; the model computes its loss from logits alone.
+        """
+        raise UserError(f"loss {type(self).__name__} needs features, which this model's own loss does not give it")
+
+    def objective(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One pass through the module, its features shared by both terms."""
+        features = module.features(batch["image"])
+        logits = module.classify(features)
+        term = self.term(features.float(), batch["label"], logits.shape[1])
+        return self.classification(logits, batch) + self.weight * term, logits
+
+
+class Center(FeatureLoss):
+    """Center loss: Wen et al., ECCV 2016: half the mean squared distance to the class centre.
+
+    The centres are no parameters: after each training batch they move by ``rate`` towards the features of their class,
+    c_j -= rate * sum_i (c_j - x_i) / (1 + n_j), equation 4.
+    """
+
+    centres: Tensor
+
+    def __init__(self, classification: ExpressionLoss, weight: float, rate: float) -> None:
+        super().__init__(classification, weight)
+        self.rate = rate
+        self.register_buffer("centres", torch.empty(0))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        """Take the centres' shape from the checkpoint, since it is known only from the first batch on."""
+        if f"{prefix}centres" in state_dict:
+            self.centres = torch.empty_like(state_dict[f"{prefix}centres"], device=self.centres.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def term(self, features: Tensor, label: Tensor, num_classes: int) -> Tensor:
+        """Pull towards the centres as they were before this batch."""
+        if not len(self.centres):
+            self.centres = features.new_zeros(num_classes, features.shape[1])
+        distance = features - self.centres[label]
+        if self.training:
+            self._move(-distance.detach(), label)
+        return 0.5 * distance.square().sum(1).mean()
+
+    @torch.no_grad()
+    def _move(self, difference: Tensor, label: Tensor) -> None:
+        """Move the centres, given c_y - x for each image."""
+        self.centres = self.centres - self.rate * self._step(difference, label)
+
+    def _step(self, difference: Tensor, label: Tensor) -> Tensor:
+        total = torch.zeros_like(self.centres).index_add_(0, label, difference)
+        count = torch.zeros(len(self.centres), 1, device=label.device).index_add_(
+            0, label, torch.ones(len(label), 1, device=label.device)
+        )
+        return total / (1 + count)
+
+
+class Island(Center):
+    """Island loss: Cai et al., FG 2018, arXiv 1710.03144: center loss plus ``push`` times the centres' nearness.
+
+    sum_j sum_{k != j} (cos(c_j, c_k) + 1), which moves the centres apart; their step gains its gradient over K - 1.
+    """
+
+    def __init__(self, classification: ExpressionLoss, weight: float, rate: float, push: float) -> None:
+        super().__init__(classification, weight, rate)
+        self.push = push
+
+    def term(self, features: Tensor, label: Tensor, num_classes: int) -> Tensor:
+        """Center loss and the centres' nearness, as they were before this batch."""
+        before = self.centres if len(self.centres) else features.new_zeros(num_classes, features.shape[1])
+        return super().term(features, label, num_classes) + self.push * _nearness(before)
+
+    def _step(self, difference: Tensor, label: Tensor) -> Tensor:
+        with torch.enable_grad():
+            centres = self.centres.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(_nearness(centres), centres)
+        # Each pair stands twice in the sum, and the paper differentiates one of the two.
+        return super()._step(difference, label) + self.push / (len(centres) - 1) * gradient / 2
+
+
+def _nearness(centres: Tensor) -> Tensor:
+    """Sum over ordered pairs of different (K, D) centres of their cosine plus 1."""
+    squared = centres.square().sum(1, keepdim=True)
+    # A class not met yet has its centre at 0, where a cosine has no gradient: it counts as orthogonal to all.
+    unit = centres / torch.where(squared > 0, squared, 1.0).sqrt()
+    pairs = len(centres) * (len(centres) - 1)
+    return (unit @ unit.T).sum() - unit.square().sum() + pairs
+
+
+class LocalityPreserving(FeatureLoss):
+    """Locality-preserving loss: Li, Deng, Du, CVPR 2017 (DLP-CNN), equation 4.
+
+    Half the mean squared distance of an image to the mean of its ``neighbours`` nearest of the same class in the batch.
+    """
+
+    def __init__(self, classification: ExpressionLoss, weight: float, neighbours: int) -> None:
+        super().__init__(classification, weight)
+        self.neighbours = neighbours
+
+    def term(self, features: Tensor, label: Tensor, num_classes: int) -> Tensor:
+        """Images alone of their class add nothing."""
+        count = len(features)
+        same = (label[:, None] == label) & ~torch.eye(count, dtype=torch.bool, device=label.device)
+        distance = torch.cdist(features.detach(), features.detach()).masked_fill(~same, torch.inf)
+        nearest = distance.topk(min(self.neighbours, count), largest=False)
+        near = torch.zeros_like(distance).scatter_(1, nearest.indices, nearest.values.isfinite().float())
+        mean = near @ features / near.sum(1, keepdim=True).clamp(min=1)
+        apart = (features - mean).square().sum(1) * near.any(1)
+        return 0.5 * apart.mean()
+
+
+class FlipConsistency(ExpressionLoss):
+    """Attention consistency under flips (EAC): Zhang et al., ECCV 2022, arXiv 2207.10299.
+
+    ``classification + weight * mean (CAM(x) - flip CAM(flip x))^2``, CAM being the class scores of each position of the
+    last map; for models that pool that map and classify the mean.
+    """
+
+    def __init__(self, classification: ExpressionLoss, weight: float) -> None:
+        super().__init__()
+        self.classification = classification
+        self.weight = weight
+
+    def setup(self, class_counts: Tensor) -> None:
+        """Hand the counts to the classification loss."""
+        self.classification.setup(class_counts)
+
+    def objective(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Two passes, of the images and of their mirror images.
+
+        Raises:
+            UserError: The model does not classify a pooled map.
+        """
+        logits, cam = _class_activation(module, batch["image"])
+        _, mirrored = _class_activation(module, batch["image"].flip(3))
+        term = (cam - mirrored.flip(2)).float().square().mean()
+        return self.classification(logits, batch) + self.weight * term, logits
+
+
+def _class_activation(module: Classifier, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, K) and the class scores of each position (B, H, W, K)."""
+    seen: list[Tensor] = []
+    handle = module.cam_layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    try:
+        features = module.features(image)
+    finally:
+        handle.remove()
+    if seen[0].ndim != 4 or seen[0].shape[1] != features.shape[1]:
+        raise UserError(
+            "loss=flip_consistency needs a model that classifies the mean of its last map: "
+            "use model=cbam_resnet or a convolutional model=timm"
+        )
+    positions = seen[0].permute(0, 2, 3, 1)
+    scores = module.classify(positions.flatten(0, 2))
+    return module.classify(features), scores.view(*positions.shape[:3], -1)
