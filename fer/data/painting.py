@@ -134,7 +134,8 @@ def _head(canvas: Canvas) -> None:
             canvas.fill(canvas.ellipse(ear, 0.05, 0.11), mix(person.skin, DARK, 0.25))
     canvas.fill(canvas.skin, person.skin, 0.0 if bald else -0.05, solid=True)
     for spot, (_, _, radius) in zip(placed.freckles, person.freckles, strict=True):
-        canvas.fill(canvas.ellipse(spot, radius, radius), mix(person.skin, DARK, 0.3))
+        if radius * canvas.unit > 0.4:
+            canvas.fill(canvas.ellipse(spot, radius, radius), mix(person.skin, DARK, 0.3))
 
 
 _BRIDGE = Path((27, -0.05, 0), (27, 0.05, 0), (30, 0.09, 0), (30, -0.09, 0))
