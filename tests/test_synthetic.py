@@ -86,7 +86,9 @@ def test_seeds_indices_and_subjects_matter() -> None:
     other_world = render(6, 0, size=48, channels=1, expression="happiness", subject=3, intensity=0.9)
     assert (one != other_world.image).mean() > 0.5
     first, second = build(train=20, val=0, test=0), build(train=20, val=0, test=0, image_seed=1)
-    assert (first.manifest().subject != second.manifest().subject).mean() > 0.5
+    a, b = first.manifest(), second.manifest()
+    assert (a.subject != b.subject).mean() > 0.5
+    assert (pictures(first, a, [0]) != pictures(second, b, [0])).mean() > 0.5
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -256,9 +258,12 @@ def test_label_noise_has_the_rate_asked_for_and_leaves_pictures_alone() -> None:
         {"classes": 6},
         {"store_size": 16},
         {"train": -1},
+        {"train": 0, "val": 0, "test": 0},
         {"subjects": 5},
         {"label_noise": 1.5},
         {"intensity": [0.8, 0.2]},
+        {"intensity": [0.5, 1.2]},
+        {"intensity": [0.5]},
         {"pose": 9.0},
         {"image_seed": -1},
     ],

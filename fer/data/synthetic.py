@@ -23,6 +23,8 @@ GENERATOR = 1  # raise when the same options give other pictures
 _LAST_DIGITS = {"train": range(7), "val": range(7, 8), "test": range(8, 10)}  # of each part's subjects
 _PART_SIZE = 1 << 32  # numbers of one part
 _GOLDEN = (5**0.5 - 1) / 2
+_CLASSES = {7: BASIC_7, 8: EXPRESSIONS}
+_RANGE = "[lowest, highest] with 0 <= lowest <= highest <= 1"
 # Images per class of RAF-DB's training part (Li et al., CVPR 2017); contempt, which it lacks, as rare as fear.
 RAF_DB = {
     "anger": 705,
@@ -40,7 +42,7 @@ class Synthetic(ExpressionDataModule):
     """Drawn faces with subjects, landmarks, face and organ boxes known exactly.
 
     The official parts have no subject in common. Labels are spread evenly over the expressions, or in RAF-DB's
-    proportions, to within one image per class for any number of images.
+    proportions, to within two or three images per class for any number of images.
 
     Args:
         classes: 7 (the basic ones) or 8 (with contempt).
@@ -80,7 +82,6 @@ class Synthetic(ExpressionDataModule):
     ) -> None:
         super().__init__(**options)
         self.sizes = {"train": train, "val": val, "test": test}
-        self.expressions = {7: BASIC_7, 8: EXPRESSIONS}.get(classes, ())
         self.subjects, self.image_seed = subjects, image_seed
         self.imbalance, self.label_noise, self.intensity = imbalance, label_noise, list(intensity)
         self.pose, self.light, self.occlusion = pose, light, occlusion
@@ -97,30 +98,27 @@ class Synthetic(ExpressionDataModule):
             "occlusion": occlusion,
         }
         self._check()
+        self.expressions = _CLASSES[classes]
 
     def _check(self) -> None:
-        def refuse(key: str, expected: str) -> None:
-            raise UserError(f"data.{key}={self.manifest_options.get(key, self.store_size)}: expected {expected}")
-
-        if not self.expressions:
-            refuse("classes", "7, or 8 with contempt")
-        if not 32 <= self.store_size <= 448:
-            refuse("store_size", "32 to 448 pixels")
-        for part in PARTS:
-            if not 0 <= self.sizes[part] < _PART_SIZE:
-                refuse(part, "a number of images, 0 or more")
-        if self.subjects < 10:
-            refuse("subjects", "at least 10, so that every part has some")
-        if not 0 <= self.image_seed < 1 << 63:
-            refuse("image_seed", "an integer from 0 on")
-        for key in ("label_noise", "occlusion"):
-            if not 0 <= self.manifest_options[key] <= 1:
-                refuse(key, "a share from 0 to 1")
-        if len(self.intensity) != 2 or not 0 <= self.intensity[0] <= self.intensity[1] <= 1:
-            refuse("intensity", "[lowest, highest] between 0 and 1")
-        for key in ("pose", "light"):
-            if not 0 <= self.manifest_options[key] <= 1.5:
-                refuse(key, "0 (none) to 1.5, usually 1")
+        """Refuse options no picture can have, by name."""
+        own = self.manifest_options
+        checks = [
+            ("classes", own["classes"] in _CLASSES, "7, or 8 with contempt"),
+            ("subjects", self.subjects >= 10, "at least 10, so that every part has some"),
+            ("image_seed", 0 <= self.image_seed < 1 << 63, "an integer from 0 on"),
+            ("store_size", 32 <= self.store_size <= 448, "32 to 448 pixels"),
+            ("intensity", len(self.intensity) == 2 and min(self.intensity) >= 0 and max(self.intensity) <= 1, _RANGE),
+            ("intensity", self.intensity == sorted(self.intensity), _RANGE),
+            *((part, 0 <= self.sizes[part] < _PART_SIZE, "a number of images, 0 or more") for part in PARTS),
+            ("train", any(self.sizes.values()), "some images in train, val or test"),
+            *((key, 0 <= own[key] <= 1, "a share from 0 to 1") for key in ("label_noise", "occlusion")),
+            *((key, 0 <= own[key] <= 1.5, "0 (none) to 1.5, usually 1") for key in ("pose", "light")),
+        ]
+        for key, good, expected in checks:
+            if not good:
+                value = self.store_size if key == "store_size" else own[key]
+                raise UserError(f"data.{key}={value}: expected {expected}")
 
     def source_fingerprint(self) -> str:
         """The generator's version: there is no source on disk."""
@@ -131,6 +129,7 @@ class Synthetic(ExpressionDataModule):
         plan = self._plan
         placed = [self._place(row) for row in range(len(plan.item))]
         places = zip(*(annotations(p, self.store_size)[1:] for p in placed), strict=True)
+        middle = sum(self.intensity) / 2
         five, box, organs = (np.stack(column).astype(np.float32) for column in places)
         return Manifest(
             item=plan.item,
@@ -144,7 +143,7 @@ class Synthetic(ExpressionDataModule):
             organ_boxes=organs,
             attributes={
                 "true_expression": np.array(self.expressions)[plan.drawn],
-                "intensity": np.where(plan.intensity < np.mean(self.intensity), "weak", "strong"),
+                "intensity": np.select([plan.intensity == 0, plan.intensity < middle], ["none", "weak"], "strong"),
                 "head": np.array(["frontal" if abs(p.conditions.yaw) < 0.26 else "turned" for p in placed]),
                 "occluder": np.array([p.conditions.occluder for p in placed]),
             },
@@ -155,7 +154,8 @@ class Synthetic(ExpressionDataModule):
         row_of = {item: row for row, item in enumerate(self._plan.item.tolist())}
         for item in manifest.item[rows].tolist():
             row = row_of[item]
-            yield paint(self._place(row), self.image_seed, self._plan.index[row], self.store_size, self.channels)
+            index = int(self._plan.index[row])
+            yield paint(self._place(row), self.image_seed, index, self.store_size, self.channels)
 
     def _place(self, row: int) -> Geometry:
         plan = self._plan
