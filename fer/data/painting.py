@@ -195,11 +195,7 @@ def _wrinkles(canvas: Canvas) -> None:
     strengths = canvas.person.age * _FOLD_AGE + canvas.placed.activation @ _FOLD_UNITS + _FOLD_BIAS
     for half, fold in np.argwhere(strengths > 0.12):
         curve, strength = CURVE[3] @ canvas.along(_FOLD_PATHS[half][fold]), min(1.2, float(strengths[half, fold]))
-        if (
-            cv2.pointPolygonTest(outline, curve[0].tolist(), False)
-            > 0
-            < cv2.pointPolygonTest(outline, curve[-1].tolist(), False)
-        ):
+        if all(cv2.pointPolygonTest(outline, end, False) > 0 for end in curve[[0, -1]].tolist()):
             canvas.line(curve, mix(skin, DARK, 0.45 * strength), 0.024, -0.07 * strength)
 
 
