@@ -16,6 +16,9 @@ SEVEN = ["anger", "disgust", "fear", "happiness", "neutral", "sadness", "surpris
 EIGHT = sorted([*SEVEN, "contempt"])
 CHEAP = {
     "dan": ["backbone=test_resnet", "image_size=64", "heads=2"],
+    "multiscale_region": [
+        *["backbone=test_resnet", "image_size=64", "width=16", "proposals=8", "score=0.1", "detector_epochs=0"],
+    ],
     "posterpp": ["blocks=[1,1,1]", "dim=32", "depth=1"],
     "two_stream": ["backbone=test_vit", "image_size=64", "dim=32", "depth=1"],
     "cbam_resnet": ["width=32", "layers=[1,1,1,1]"],
@@ -74,8 +77,15 @@ def images(count: int, size: int, seed: int = 0) -> torch.Tensor:
 
 
 def batch_of(module: ExpressionModule, count: int) -> dict[str, torch.Tensor]:
-    """Random images whose labels go round the classes."""
-    return {"image": images(count, module.image_size), "label": torch.arange(count) % module.num_classes}
+    """Random images whose labels go round the classes, with a face and its organs where they usually are."""
+    face = torch.tensor([0.1, 0.1, 0.8, 0.8])
+    organs = torch.tensor([[0.2, 0.3, 0.2, 0.2], [0.6, 0.3, 0.2, 0.2], [0.4, 0.4, 0.2, 0.3], [0.3, 0.7, 0.4, 0.15]])
+    return {
+        "image": images(count, module.image_size),
+        "label": torch.arange(count) % module.num_classes,
+        "box": module.image_size * face.repeat(count, 1),
+        "organ_boxes": module.image_size * organs.repeat(count, 1, 1),
+    }
 
 
 def parameter_count(network: nn.Module) -> int:
