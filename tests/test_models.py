@@ -147,6 +147,17 @@ def test_low_precision(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
+def test_exports_for_any_batch_size(name):
+    """The graph ONNX is made from holds for other batch sizes than the example's: no ``len(tensor)`` in a forward."""
+    module = shaken(cheap(name))
+    example, batch = images(2, module.image_size), images(3, module.image_size, seed=1)
+    program = torch.export.export(module.network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with torch.inference_mode():
+        torch.testing.assert_close(program.module()(batch), module(batch), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_onnx_agrees(name, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -71,6 +71,6 @@ class PyramidFusion(nn.Module):
         queries = landmarks if landmarks is not None else [None] * len(image)
         maps = [cross(x, query) for cross, x, query in zip(self.cross, image, queries, strict=True)]
         tokens = [embed(x).flatten(2).transpose(1, 2) for embed, x in zip(self.tokens, maps, strict=True)]
-        x = torch.cat([self.cls_token.expand(len(maps[0]), -1, -1), *tokens], dim=1) + self.position
+        x = torch.cat([self.cls_token.expand(maps[0].shape[0], -1, -1), *tokens], dim=1) + self.position
         features: Tensor = self.excite(self.norm(self.blocks(x))[:, 0])
         return features

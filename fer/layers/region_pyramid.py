@@ -93,7 +93,7 @@ class RegionProposals(nn.Module):
         """P3 to P7 -> objectness logits (B, A) and box codes (B, A, 4), in the anchors' order."""
         hidden = [self.conv(x).relu() for x in pyramid]
         logits = torch.cat([self.objectness(x).permute(0, 2, 3, 1).flatten(1) for x in hidden], dim=1)
-        codes = [self.boxes(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in hidden]
+        codes = [self.boxes(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4) for x in hidden]
         return logits.float(), torch.cat(codes, dim=1).float()
 
     @torch.no_grad()
@@ -139,7 +139,9 @@ class RegionHead(nn.Module):
 
 def crop(x: Tensor, rois: Tensor, stride: int, size: int) -> Tensor:
     """RoIAlign of (B, C, H, W) under boxes (B, R, 4) in pixels of the image -> (B * R, C, size, size)."""
-    batch = torch.arange(len(rois), device=rois.device, dtype=rois.dtype)[:, None, None].expand(-1, rois.shape[1], 1)
+    batch = torch.arange(rois.shape[0], device=rois.device, dtype=rois.dtype)[:, None, None].expand(
+        -1, rois.shape[1], 1
+    )
     boxes = torch.cat([batch, rois], dim=2).flatten(0, 1)
     wide = x if x.dtype == torch.float64 else x.float()
     aligned = roi_align(wide, boxes.to(wide.dtype), size, 1 / stride, sampling_ratio=2, aligned=True)

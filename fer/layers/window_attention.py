@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 def to_windows(x: Tensor, window: int) -> Tensor:
     """Cut (B, H, W, C) into windows: (B * H/window * W/window, window**2, C)."""
-    x = x.reshape(len(x), x.shape[1] // window, window, x.shape[2] // window, window, x.shape[3])
+    x = x.reshape(x.shape[0], x.shape[1] // window, window, x.shape[2] // window, window, x.shape[3])
     return x.transpose(2, 3).reshape(-1, window * window, x.shape[-1])
 
 

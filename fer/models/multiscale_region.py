@@ -134,7 +134,7 @@ class MultiscaleRegionNetwork(nn.Module):
         if regions is None:
             return whole
         organs = self.organ(crop(fine, regions.boxes[:, 1:], STRIDES[0], ORGAN_CROP)).mean((2, 3))
-        organs = organs.view(len(fine), len(REGIONS) - 1, -1) * regions.present[:, 1:, None]
+        organs = organs.view(fine.shape[0], len(REGIONS) - 1, -1) * regions.present[:, 1:, None]
         face = self.face(crop(fine, regions.boxes[:, :1], STRIDES[0], FACE_CROP)).mean((2, 3))
         return torch.cat([organs.flatten(1), face, whole], dim=1)
 

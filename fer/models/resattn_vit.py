@@ -84,7 +84,7 @@ class ResAttnViTNetwork(nn.Module):
     def forward_tokens(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> encoded tokens (B, 1 + N, dim), the class token first."""
         tokens = self.tokens(self.forward_map(image)).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         encoded: Tensor = self.encoder(tokens + self.position)
         return encoded
 
