@@ -18,7 +18,7 @@ from typing import Any
 from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -57,9 +57,12 @@ def target_problem(target: Any) -> str | None:
     found = _ALLOWED.fullmatch(target) if isinstance(target, str) else None
     if found is None:
         return "it is not on the allow-list (a class of fer, torch.optim, albumentations or Lightning's callbacks)"
-    module = found["module"]
-    if module.startswith("fer.") and not (CONF.parent / (module.replace(".", "/") + ".py")).is_file():
-        return f"fer has no module {module}"
+    if not found["module"].startswith("fer."):
+        return None
+    # A module of ours also holds what it imported; only a class written in it counts.
+    source = CONF.parent / (found["module"].replace(".", "/") + ".py")
+    if not source.is_file() or not re.search(rf"^class {found['name']}\b", source.read_text(), re.MULTILINE):
+        return f"{source.name} defines no such class"
     return None
 
 
@@ -116,10 +119,12 @@ def guarded(command: Callable[[], Any]) -> Any:
     """
     try:
         return command()
-    except UserError as error:
-        if os.environ.get("FER_DEBUG") == "1":
+    except (UserError, InstantiationException) as error:
+        # Hydra wraps what a constructor raises.
+        mistake = error if isinstance(error, UserError) else error.__cause__
+        if not isinstance(mistake, UserError) or os.environ.get("FER_DEBUG") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {mistake}", file=sys.stderr)
         sys.exit(USER_MISTAKE)
 
 

@@ -92,3 +92,5 @@ class Wandb(WandbLogger):
             log_model=False,
             **options,
         )
+        # Lightning passes this on although W&B no longer knows it and warns.
+        self._wandb_init.pop("anonymous", None)

@@ -5,17 +5,22 @@ python -m fer.train model=convcut data=rafdb         one network on one data set
 python -m fer.train resume=outputs/rafdb-convcut/... go on where a run was stopped
 """
 
+import logging
+import math
 import sys
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fer.config import CONF, check_command_line, guarded, refuse_unsafe
 from fer.errors import UserError
 
 CONFIG = "train"
+log = logging.getLogger(__name__)
+_failed: list[str] = []  # folders of this sweep's failed jobs
 
 
 def run(config: DictConfig) -> float:
@@ -27,7 +32,15 @@ def run(config: DictConfig) -> float:
 
 @hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")
 def _job(config: DictConfig) -> float:
-    return float(guarded(lambda: run(config)))
+    if HydraConfig.get().mode is not RunMode.MULTIRUN:
+        return float(guarded(lambda: run(config)))
+    try:
+        return run(config)
+    except Exception:
+        # One failing job must not stop the others; its folder's status.json keeps the error.
+        log.exception("job %s failed: %s", HydraConfig.get().job.num, HydraConfig.get().job.override_dirname)
+        _failed.append(HydraConfig.get().runtime.output_dir)
+        return math.nan
 
 
 def resume(folder: Path) -> None:
@@ -55,6 +68,9 @@ def main() -> None:
     if not folders:
         check_command_line(CONFIG, words)
         _job()
+        if _failed:
+            print(f"error: {len(_failed)} jobs failed: {', '.join(_failed)}", file=sys.stderr)
+            sys.exit(1)
     elif len(words) > 1:
         guarded(lambda: _only_resume(words))
     else:

@@ -1,0 +1,242 @@
+"""The real command line: a complete run folder, W&B's offline record, exact resume, clear refusals."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY, train
+
+FILES = (
+    "config.yaml",
+    "split.json",
+    "metrics.csv",
+    "predictions.csv",
+    "results.json",
+    "status.json",
+    "checkpoints/best.ckpt",
+    "checkpoints/last.ckpt",
+    "confusion_val.json",
+    "confusion_val.png",
+    "confusion_test.json",
+    "confusion_test.png",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A finished run with the default (W&B offline) logger."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = train(*TINY, "hydra.run.dir=run", cwd=folder, FER_CACHE=str(cache), NETRC=os.devnull, COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder / "run"
+
+
+def results(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "results.json").read_text()))
+
+
+def test_run_folder_is_complete(whole: Path) -> None:
+    assert [name for name in FILES if not (whole / name).is_file()] == []
+    assert json.loads((whole / "status.json").read_text())["status"] == "done"
+    record = results(whole)
+    assert record["n"] == {"train": 120, "val": 42, "test": 42}
+    assert record["selected_on"] == "val"
+    assert record["resumed_from_step"] is None
+    assert record["steps"] == 12
+    printed = (whole.parent / "stdout").read_text()
+    for word in ("accuracy", "mean class accuracy", "macro F1", "ECE", "parameters", "GFLOP", str(whole), "again:"):
+        assert word in printed
+
+
+def test_figures_follow_from_the_predictions(whole: Path) -> None:
+    """Every figure of results.json recomputed from predictions.csv with plain numpy."""
+    record, table = results(whole), pd.read_csv(whole / "predictions.csv")
+    classes, test = record["classes"], record["metrics"]["test"]
+    probabilities = table[classes].to_numpy()
+    assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
+    label = np.array([classes.index(name) for name in table["label"]])
+    predicted = probabilities.argmax(1)
+    assert (np.array(classes)[predicted] == table["predicted"]).all()
+    assert test["acc"] == pytest.approx((label == predicted).mean(), abs=1e-9)
+    recalls = [(predicted[label == k] == k).mean() for k in np.unique(label)]
+    assert test["mean_acc"] == pytest.approx(np.mean(recalls), abs=1e-9)
+    assert test["nll"] == pytest.approx(-np.log(probabilities[np.arange(len(label)), label]).mean(), abs=1e-5)
+    confusion = np.zeros((len(classes), len(classes)), dtype=int)
+    np.add.at(confusion, (label, predicted), 1)
+    assert (confusion == np.array(record["confusion"]["test"])).all()
+    split = json.loads((whole / "split.json").read_text())
+    assert sorted(table["index"]) == sorted(split["test"])
+    assert not set(split["train"]) & set(split["val"]) | set(split["test"]) & (set(split["train"]) | set(split["val"]))
+
+
+def test_the_chosen_epoch_is_the_best_on_validation(whole: Path) -> None:
+    curves = pd.read_csv(whole / "metrics.csv")
+    assert results(whole)["best_epoch"] == curves["val/mean_acc"].idxmax()
+    assert len(curves) == 2
+    assert {"train/loss", "train/acc", "val/acc", "val/mean_acc", "val/macro_f1", "val/ece", "val/nll", "lr"} <= set(curves)
+
+
+def wandb_records(folder: Path) -> list[Any]:
+    """Records of an offline run: LevelDB's log framing (32 KiB blocks, 7-byte headers) around protocol buffers."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, place, records, parts = path.read_bytes(), 7, [], b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            records.append(record)
+            parts = b""
+    return records
+
+
+def test_wandb_record_holds_config_curves_and_confusions(whole: Path) -> None:
+    records = wandb_records(whole)
+    config, history = {}, []
+    for record in records:
+        kind = record.WhichOneof("record_type")
+        if kind in ("run", "config"):
+            updates = record.run.config.update if kind == "run" else record.config.update
+            config.update({(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in updates})
+        if kind == "history":
+            items = record.history.item
+            history.append({(i.key or i.nested_key[0]): json.loads(i.value_json) for i in items})
+    run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (run.run_group, run.job_type) == ("synthetic-cbam_resnet", "train")
+    assert config["seed"] == 0
+    assert config["model"]["width"] == 8
+    assert isinstance(config["data"], dict)
+    assert len([row for row in history if "val/mean_acc" in row]) == 2
+    assert len([row for row in history if "train/loss" in row]) == 2
+    logged = {key for row in history for key in row}
+    for part in ("val", "test"):
+        assert {f"{part}/confusion_image", f"{part}/confusion_table"} <= logged
+    assert "test/most_confidently_wrong" in logged
+    exits = [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"]
+    assert exits == [0]
+
+
+def test_same_command_gives_identical_predictions(whole: Path, tmp_path: Path) -> None:
+    again = train(*TINY, "logger=csv", "hydra.run.dir=run", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "run" / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
+    # The same command once more finds the run done, and does nothing.
+    before = (tmp_path / "run" / "results.json").stat().st_mtime_ns
+    assert train(*TINY, "logger=csv", "hydra.run.dir=run", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "run" / "results.json").stat().st_mtime_ns == before
+    # Another config must not touch it.
+    other = train(*TINY, "logger=csv", "seed=1", "hydra.run.dir=run", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "fresh=true" in other.stderr
+    assert (tmp_path / "run" / "results.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("way", ["resume", "same command"])
+def test_a_killed_run_goes_on_to_the_same_weights(whole: Path, tmp_path: Path, way: str) -> None:
+    words = [*TINY, "logger=csv", "trainer.checkpoint_steps=2", "hydra.run.dir=run"]
+    run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    process = subprocess.Popen([sys.executable, "-m", "fer.train", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    try:
+        # The second epoch's first checkpoint within the epoch: step 8 of 12.
+        while not (run / "metrics.csv").exists() or last.stat().st_mtime_ns <= (run / "metrics.csv").stat().st_mtime_ns:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        saved = last.stat().st_mtime_ns
+        while last.stat().st_mtime_ns == saved and process.poll() is None:
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    step = torch.load(last, weights_only=True)["global_step"]
+    if (run / "results.json").exists() or step % 6 == 0:
+        pytest.skip(f"the kill came at step {step}, not in the middle of an epoch")
+    continued = train(*(["resume=run"] if way == "resume" else words), cwd=tmp_path)
+    assert continued.returncode == 0, continued.stderr
+    assert results(run)["resumed_from_step"] == step
+    assert results(run)["steps"] == 12
+    for name in ("best", "last"):
+        a, b = (torch.load(f / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"] for f in (run, whole))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert (run / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
+    assert (run / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+
+def test_resume_takes_no_other_option(whole: Path) -> None:
+    refused = train(f"resume={whole}", "seed=3", cwd=whole.parent)
+    assert refused.returncode == 2
+    assert "seed=3" in refused.stderr
+
+
+def imported_torch(*words: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], bool]:
+    command = [sys.executable, "-X", "importtime", "-m", "fer.train", *words]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100, check=False)
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "hydra" in modules
+    return done, "torch" in modules
+
+
+def test_help_and_typos_answer_without_importing_torch(tmp_path: Path) -> None:
+    asked, torch_imported = imported_torch("--help", cwd=tmp_path)
+    assert asked.returncode == 0
+    assert "cbam_resnet" in asked.stdout
+    assert not torch_imported
+    typo, torch_imported = imported_torch("trainer.max_epoch=3", cwd=tmp_path)
+    assert typo.returncode == 1
+    assert "max_epoch" in typo.stderr
+    assert not torch_imported
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_missing_data_is_one_clear_message(tmp_path: Path) -> None:
+    done = train("model=convcut", "data=rafdb", cwd=tmp_path)
+    assert done.returncode == 2
+    for words in ("RAF-DB not found", str(tmp_path / "data" / "rafdb"), "data.root=", "EmoLabel", "whdeng.cn"):
+        assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_failing_run_is_marked_failed_everywhere(tmp_path: Path) -> None:
+    words = [*TINY, "loss=soft", "hydra.run.dir=run"]  # synthetic faces have no vote distributions
+    done = train(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert "soft" in status["error"]
+    exits = [r.exit.exit_code for r in wandb_records(tmp_path / "run") if r.WhichOneof("record_type") == "exit"]
+    assert exits == [1]
+
+
+def test_every_problem_of_a_config_is_named_at_once(tmp_path: Path) -> None:
+    done = train(*TINY, "+model.widht=3", "+trainer.epochs=3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "model.widht" in done.stderr
+    assert "trainer.epochs" in done.stderr or "takes" in done.stderr
+
+
+def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
+    words = [*TINY, "logger=csv", "trainer.max_epochs=1", "loss=soft,cross_entropy", "-m", "hydra.sweep.dir=sweep"]
+    done = train(*words, cwd=tmp_path)
+    assert done.returncode == 1
+    states = [json.loads((tmp_path / "sweep" / str(job) / "status.json").read_text())["status"] for job in (0, 1)]
+    assert states == ["failed", "done"]
