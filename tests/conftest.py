@@ -63,5 +63,5 @@ def train(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     """``python -m fer.train WORDS`` as a user types it."""
     command = [sys.executable, "-m", "fer.train", *words]
     return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=500, check=False
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1500, check=False
     )

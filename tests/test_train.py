@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(whole: Path, tmp_path: Path, w
     words = [*TINY, "logger=csv", "trainer.checkpoint_steps=2", "hydra.run.dir=run"]
     run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
     process = subprocess.Popen([sys.executable, "-m", "fer.train", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     try:
         # The second epoch's first checkpoint within the epoch: step 8 of 12.
         while not (run / "metrics.csv").exists() or last.stat().st_mtime_ns <= (run / "metrics.csv").stat().st_mtime_ns:
@@ -190,7 +190,7 @@ def test_resume_takes_no_other_option(whole: Path) -> None:
 
 def imported_torch(*words: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], bool]:
     command = [sys.executable, "-X", "importtime", "-m", "fer.train", *words]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "hydra" in modules
     return done, "torch" in modules
