@@ -81,7 +81,9 @@ def test_the_canary_does_sing_under_plain_hydra(tmp_path: Path) -> None:
 def test_logging_config_may_not_call(tmp_path: Path) -> None:
     config = composed(*TINY)
     assert unsafe_entries(config) == []
-    hostile = OmegaConf.create({"hydra": {"job_logging": {"handlers": {"x": {"()": "os.system", "class": "os.popen"}}}}})
+    hostile = OmegaConf.create(
+        {"hydra": {"job_logging": {"handlers": {"x": {"()": "os.system", "class": "os.popen"}}}}}
+    )
     assert len(unsafe_entries(hostile)) == 2
 
 

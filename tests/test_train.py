@@ -84,7 +84,9 @@ def test_the_chosen_epoch_is_the_best_on_validation(whole: Path) -> None:
     curves = pd.read_csv(whole / "metrics.csv")
     assert results(whole)["best_epoch"] == curves["val/mean_acc"].idxmax()
     assert len(curves) == 2
-    assert {"train/loss", "train/acc", "val/acc", "val/mean_acc", "val/macro_f1", "val/ece", "val/nll", "lr"} <= set(curves)
+    assert {"train/loss", "train/acc", "val/acc", "val/mean_acc", "val/macro_f1", "val/ece", "val/nll", "lr"} <= set(
+        curves
+    )
 
 
 def wandb_records(folder: Path) -> list[Any]:

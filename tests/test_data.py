@@ -1,0 +1,306 @@
+"""From a data set's folder to batches: every data set found in conf/, and what makes runs repeatable."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import composed
+from fakes import WRITERS
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from fer.config import CONF
+from fer.data.base import ExpressionDataModule
+from fer.data.loaders import EpochSampler
+from fer.data.manifest import Manifest
+from fer.data.splits import Holdout, Official
+from fer.data.store import fit, open_store
+from fer.data.transforms import Augment, BatchAugment, Finish, uniform
+from fer.errors import UserError
+
+DATA_SETS = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if not path.stem.startswith("_"))
+SMALL = ["data.train=90", "data.val=21", "data.test=21", "data.subjects=30", "data.batch_size=8"]
+
+
+def opened(*overrides: str) -> ExpressionDataModule:
+    data = instantiate(composed(*overrides).data)
+    assert isinstance(data, ExpressionDataModule)
+    data.open()
+    return data
+
+
+def epoch(data: ExpressionDataModule, number: int = 0) -> list[dict[str, torch.Tensor]]:
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(number)
+    return list(loader)
+
+
+def pixels(data: ExpressionDataModule, number: int = 0) -> dict[int, torch.Tensor]:
+    """Image of each row in an epoch."""
+    batches = epoch(data, number)
+    return {int(i): image for b in batches for i, image in zip(b["index"], b["image"], strict=True)}
+
+
+def test_every_data_set_has_a_writer_of_its_layout() -> None:
+    assert len(DATA_SETS) >= 8
+    assert set(DATA_SETS) - {"synthetic"} <= set(WRITERS)
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_every_data_set_gives_batches(name: str, tmp_path: Path) -> None:
+    words = [f"data={name}", "data.num_workers=0", "protocol.val_fraction=0.3"]
+    if name in WRITERS:
+        WRITERS[name](tmp_path)
+        words += [f"data.root={tmp_path}", "data.batch_size=4"]
+    else:
+        words += SMALL
+    config = composed(*words)
+    if name == "ckplus":  # it has no official parts
+        with pytest.raises(UserError, match="no official test part"):
+            opened(*words)
+        words += ["protocol=holdout", "protocol.test_fraction=0.3"]
+    data = opened(*words)
+    batch = next(iter(data.train_dataloader()))
+    size = config.model.image_size
+    assert batch["image"].shape == (data.batch_size, 3, size, size)
+    assert batch["image"].dtype == torch.float32
+    assert torch.isfinite(batch["image"]).all()
+    assert (batch["label"] == torch.as_tensor(data.label[batch["index"]])).all()
+    facts = data.facts()
+    assert facts["n"]["train"] == sum(facts["counts"]["train"].values())
+    for part in ("val", "test"):
+        rows = torch.cat([b["index"] for b in getattr(data, f"{part}_dataloader")()])
+        assert sorted(rows.tolist()) == sorted(data.split.part(part).tolist())
+    if data.store.manifest.subject is not None:
+        assert facts["shared_subjects"] == {}
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_missing_data_says_what_mends_it(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.root=") as found:
+        opened(f"data={name}", f"data.root={tmp_path / 'none'}")
+    assert str(tmp_path) in str(found.value)
+
+
+def test_class_order_changes_nothing_but_the_order(tmp_path: Path) -> None:
+    """Labels are joined by name: another order of the outputs permutes the labels and moves no image."""
+    WRITERS["fer2013"](tmp_path)
+    names = list(composed("data=fer2013").data.class_names)
+    words = ["data=fer2013", f"data.root={tmp_path}"]
+    a, b = opened(*words), opened(*words, f"data.class_names=[{','.join(reversed(names))}]")
+    assert [a.class_names[i] for i in a.label] == [b.class_names[i] for i in b.label]
+    assert a.facts()["fingerprint"] == b.facts()["fingerprint"]
+    six = opened(*words, f"data.class_names=[{','.join(names[:-1])}]")
+    assert len(six.split.train) < len(a.split.train)
+    assert names[-1] not in {a.class_names[a.label[i]] for i in six.split.train}
+
+
+def test_images_do_not_depend_on_batch_size_or_workers() -> None:
+    words = ["data=synthetic", *SMALL, "augment=strong"]
+    resident = [pixels(opened(*words, "data.resident=yes", f"data.batch_size={b}")) for b in (1, 7, 30)]
+    for other in resident[1:]:
+        assert all(torch.equal(image, resident[0][row]) for row, image in other.items())
+    read = [pixels(opened(*words, "data.resident=no", f"data.num_workers={w}")) for w in (0, 1, 4)]
+    for other in read[1:]:
+        assert other.keys() == read[0].keys()
+        assert all(torch.equal(image, read[0][row]) for row, image in other.items())
+
+
+@pytest.mark.parametrize("resident", ["yes", "no"])
+def test_epochs_differ_and_repeat(resident: str) -> None:
+    """Per-worker seeding in albumentations 2.0.8 repeats its draws every epoch and in every worker; ours must not."""
+    data = opened("data=synthetic", *SMALL, "augment=strong", f"data.resident={resident}", "data.num_workers=2")
+    first, second, again = pixels(data, 0), pixels(data, 1), pixels(data, 0)
+    shared = first.keys() & second.keys()
+    assert len(shared) > 60
+    assert not any(torch.equal(first[row], second[row]) for row in shared)
+    assert all(torch.equal(first[row], again[row]) for row in first)
+    flips = [
+        torch.equal(first[row], first[other]) for row in list(first)[:8] for other in list(first)[:8] if row != other
+    ]
+    assert not any(flips)
+
+
+def test_a_loader_goes_on_where_its_state_says() -> None:
+    data = opened("data=synthetic", *SMALL)
+    whole = [b["index"].tolist() for b in epoch(data, 3)]
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(3)
+    walk = iter(loader)
+    for _ in range(4):
+        next(walk)
+    fresh = data.train_dataloader()
+    fresh.load_state_dict(loader.state_dict())
+    fresh.sampler.set_epoch(3)  # Lightning says so again after a resume
+    assert [b["index"].tolist() for b in fresh] == whole[4:]
+    fresh.sampler.set_epoch(4)
+    assert len(list(fresh)) == len(whole)
+
+
+def test_sharded_samplers_cover_everything_once() -> None:
+    rows = np.arange(103)
+    parts = [EpochSampler(lambda _: rows, 8, drop_last=False, rank=r, world_size=4) for r in range(4)]
+    seen = [int(row) for sampler in parts for _, batch in sampler for row in batch]
+    assert sorted(seen) == rows.tolist()
+
+
+def test_balanced_sampling_draws_classes_equally() -> None:
+    words = ["data=synthetic", "data.train=700", "data.val=21", "data.test=21", "data.imbalance=true"]
+    shares = {}
+    for sampling in ("plain", "balanced", "sqrt"):
+        data = opened(*words, f"data.sampling={sampling}")
+        order = data._order("train")
+        drawn = np.concatenate([order(e) for e in range(30)])
+        shares[sampling] = np.bincount(data.label[drawn], minlength=7) / len(drawn)
+    counts = data.class_counts("train")
+    assert shares["plain"] == pytest.approx(counts / counts.sum())
+    assert shares["balanced"] == pytest.approx(np.full(7, 1 / 7), abs=0.02)
+    assert shares["sqrt"] == pytest.approx(np.sqrt(counts) / np.sqrt(counts).sum(), abs=0.02)
+
+
+def test_uniform_is_uniform_and_independent() -> None:
+    draws = uniform(3, 5, torch.arange(20_000), 4).double().numpy()
+    for column in draws.T:
+        assert stats.kstest(column, "uniform").pvalue > 1e-3
+    assert np.abs(np.corrcoef(draws.T) - np.eye(4)).max() < 0.03
+    assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.03
+    other = uniform(3, 6, torch.arange(20_000), 4).double().numpy()
+    assert abs(np.corrcoef(draws[:, 0], other[:, 0])[0, 1]) < 0.03
+    one = uniform(3, 5, torch.tensor([777]), 4).double().numpy()
+    assert (one[0] == draws[777]).all()
+
+
+def finish(train: bool, tta: str = "none", **batched: Any) -> Finish:
+    recipe = {"flip": 0.0, "rotate": 0.0, "scale": (1.0, 1.0), "shift": 0.0, "brightness": 0.0, "contrast": 0.0}
+    recipe |= {"erase": 0.0, "erase_area": (0.1, 0.2), **batched}
+    augment = Augment(crop_pct=44 / 48, batched=BatchAugment(**recipe), per_image=[])
+    return Finish(
+        size=44, mean=[0.0] * 3, std=[1.0] * 3, augment=augment, seed=0, train=train, augmented=False, tta=tta
+    )
+
+
+def test_a_random_crop_copies_pixels_exactly() -> None:
+    image = torch.randint(0, 256, (64, 48, 48, 1), dtype=torch.uint8)
+    out = finish(train=True)(image, torch.arange(64), 0)
+    offsets = set()
+    for source, crop in zip(image[..., 0].float() / 255, out[:, 0], strict=True):
+        places = [
+            (y, x)
+            for y in range(5)
+            for x in range(5)
+            if torch.allclose(source[y : y + 44, x : x + 44], crop, atol=1e-4)
+        ]
+        assert len(places) == 1
+        offsets.add(places[0])
+    assert len(offsets) > 15  # of 25
+    flipped = finish(train=True, flip=1.0)(image, torch.arange(64), 0)
+    assert torch.allclose(flipped, out.flip(-1), atol=1e-4)
+
+
+def test_erasing_fills_the_share_it_should() -> None:
+    image = torch.randint(0, 256, (256, 48, 48, 3), dtype=torch.uint8)
+    plain, erased = (finish(train=True, erase=e)(image, torch.arange(256), 0) for e in (0.0, 1.0))
+    share = (plain != erased).any(1).float().mean((1, 2))
+    assert 0.09 < share.mean() < 0.21
+    assert (share > 0.05).all()
+
+
+def test_ten_crops_are_the_ten_crops() -> None:
+    image = torch.randint(0, 256, (3, 48, 48, 1), dtype=torch.uint8)
+    views = finish(train=False, tta="ten_crop")(image, torch.arange(3), 0)
+    assert views.shape == (3, 10, 3, 44, 44)
+    full = image.permute(0, 3, 1, 2).float().div(255).expand(-1, 3, -1, -1)
+    places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2)]
+    expected = [full[..., y : y + 44, x : x + 44] for y, x in places]
+    expected += [view.flip(-1) for view in expected]
+    assert torch.equal(views, torch.stack(expected, 1))
+    assert torch.equal(finish(train=False)(image, torch.arange(3), 0), expected[4])
+    assert torch.equal(finish(train=False, tta="five_crop")(image, torch.arange(3), 0), views[:, :5])
+
+
+def test_fit_changes_size_and_channels() -> None:
+    grey = np.full((30, 20), 77, dtype=np.uint8)
+    assert (fit(grey, 48, 3) == 77).all()
+    assert fit(np.zeros((60, 60, 3), dtype=np.uint8), 48, 1).shape == (48, 48, 1)
+
+
+def manifest_of(n: int, seed: int, subjects: int | None) -> Manifest:
+    rng = np.random.default_rng(seed)
+    return Manifest(
+        item=np.array([f"{i}.png" for i in range(n)]),
+        label=rng.integers(0, 4, n),
+        class_names=("anger", "fear", "neutral", "sadness"),
+        split=np.full(n, "", dtype="U5"),
+        form="drawn",
+        subject=None if subjects is None else rng.integers(0, subjects, n).astype(str),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(120, 400), seed=st.integers(0, 9999), subjects=st.one_of(st.none(), st.integers(20, 60)))
+def test_splits_never_share_people_or_copies(n: int, seed: int, subjects: int | None) -> None:
+    manifest = manifest_of(n, seed, subjects)
+    copies = np.random.default_rng(seed).integers(0, n // 2, n).astype(np.uint64)
+    protocol = Holdout(split_seed=seed, drop_leaks=False, val_fraction=0.2, test_fraction=0.25)
+    split = protocol.split(manifest, copies, np.ones(n, dtype=bool))
+    assert sorted(np.concatenate([split.train, split.val, split.test])) == list(range(n))
+    assert split.shared_people(manifest) == {}
+    if subjects is None:
+        for a, b in ((split.train, split.val), (split.train, split.test), (split.val, split.test)):
+            assert not np.intersect1d(copies[a], copies[b]).size
+        shares = [np.bincount(manifest.label[rows], minlength=4) / len(rows) for rows in (split.train, split.test)]
+        assert np.abs(shares[0] - shares[1]).max() < 0.2
+    # The split does not depend on the order of the manifest's rows beyond naming them.
+    assert split.fingerprint(manifest) == protocol.split(manifest, copies, np.ones(n, dtype=bool)).fingerprint(manifest)
+
+
+def test_leaks_leave_train_and_only_train() -> None:
+    manifest = manifest_of(100, 0, None)
+    manifest.split[:] = ["train"] * 60 + ["val"] * 20 + ["test"] * 20
+    copies = np.arange(100, dtype=np.uint64)
+    copies[3], copies[7] = 65, 90  # pixel-identical to a validation and to a test image
+    usable = np.ones(100, dtype=bool)
+    kept = Official(split_seed=0, drop_leaks=False, val_fraction=0.1).split(manifest, copies, usable)
+    clean = Official(split_seed=0, drop_leaks=True, val_fraction=0.1).split(manifest, copies, usable)
+    assert set(kept.train) - set(clean.train) == {3, 7}
+    assert (clean.val == kept.val).all()
+    assert (clean.test == kept.test).all()
+    assert "2 leaked copies" in clean.stamps[0]
+
+
+def test_a_store_is_built_once_and_anew_for_a_changed_source(tmp_path: Path) -> None:
+    built = []
+
+    def manifest() -> Manifest:
+        built.append(1)
+        return manifest_of(10, 0, None)
+
+    def read(_: Manifest, rows: np.ndarray[Any, Any]) -> Any:
+        return (np.full((6, 6), row, dtype=np.uint8) for row in rows)
+
+    key = {"size": 4, "channels": 1, "source": "a"}
+    for _ in range(2):
+        store = open_store(tmp_path, "x", key, manifest, read, sequential=False)
+        assert store.images[7].mean() == 7
+    assert len(built) == 1
+    # A build killed in its middle leaves another name behind, never a half store.
+    (tmp_path / "x-half.unfinished").mkdir()
+    open_store(tmp_path, "x", {**key, "source": "b"}, manifest, read, sequential=True)
+    assert len(built) == 2
+
+
+def test_unreadable_images_are_named_and_can_be_skipped(tmp_path: Path) -> None:
+    WRITERS["folder"](tmp_path)
+    victim = sorted(tmp_path.rglob("*.jpg"))[0]
+    victim.write_bytes(victim.read_bytes()[:60])
+    words = ["data=folder", f"data.root={tmp_path}"]
+    with pytest.raises(UserError, match=r"data\.on_bad_image=skip") as found:
+        opened(*words)
+    assert victim.name in str(found.value)
+    data = opened(*words, "data.on_bad_image=skip")
+    assert data.facts()["skipped"] == 1
+    assert len(data.store.bad) == 1
