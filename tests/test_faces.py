@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from fakes import save
+from fakes import WRITERS, save
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -534,6 +535,31 @@ def test_the_manifests_own_landmarks_and_boxes(tmp_path: Path) -> None:
     assert set(folder(tmp_path / "faces").manifest().split) == {"train", "val", "test"}
     with pytest.raises(UserError, match="neither landmarks nor boxes"):
         prepared(folder(tmp_path / "faces"), tmp_path / "again", None)
+
+
+class Everywhere:
+    """Finds faces all over a picture."""
+
+    def detect(self, image: np.ndarray) -> list[FoundFace]:
+        height, width = image.shape[:2]
+        places = [(x, y) for x in np.arange(0.05, 0.95, 0.1) for y in np.arange(0.05, 0.95, 0.1)]
+        return [FoundFace(np.array([x * width, y * height, 0.1 * width, 0.1 * height]), None, 1.0) for x, y in places]
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_every_data_set_can_be_prepared(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / "root")
+    config = command(f"data={name}", "output=x")
+    data = instantiate(OmegaConf.merge(config.data, {"root": str(tmp_path / "root"), "on_bad_image": "skip"}))
+    manifest = data.manifest()
+    prepared(data, tmp_path / "faces", Everywhere(), size=16)
+    again = folder(tmp_path / "faces", class_names=None).manifest()
+    assert rows(tmp_path / "faces/no_face.csv") == []
+    found, expected = again.counts(), manifest.counts()
+    assert {part: +Counter(found[part]) for part in found} == {part: +Counter(expected[part]) for part in expected}
+    if manifest.subject is not None:
+        assert again.subject is not None
+        assert set(again.subject) == set(manifest.subject)
 
 
 class Stop(Exception):
