@@ -1,7 +1,8 @@
 # Every target does its own set-up: a virtual environment .venv with the exact tested versions, on a machine that has
 # only Python (3.11 or newer) and git. Inside an environment in which `pip install -e .` was run, that one is used.
 SHELL := /bin/bash
-ACTIVE := $(shell python -c 'import importlib.metadata as m; m.distribution("fer-bench")' 2>/dev/null && echo yes)
+# Asked from elsewhere, since the checkout's own egg-info would answer for any Python started in it.
+ACTIVE := $(shell cd / && python -c 'import importlib.metadata as m; m.distribution("fer-bench")' 2>/dev/null && echo yes)
 ifeq ($(ACTIVE),yes)
 PYTHON := python
 SETUP := .setup-active
