@@ -1,0 +1,1 @@
+"""Data sets, splits, the store of decoded images, loaders and augmentation."""

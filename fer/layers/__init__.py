@@ -1,0 +1,1 @@
+"""Building blocks of the papers: plain modules, no training."""

@@ -1,0 +1,1 @@
+"""Architectures, losses and optimiser recipes."""

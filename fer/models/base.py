@@ -80,6 +80,10 @@ class ExpressionModule(LightningModule, abc.ABC):
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D) pooled features, before dropout and classifier."""
 
+    @abc.abstractmethod
+    def classify(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, K) logits: what `forward` does with `features`."""
+
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised -> (B, K) logits."""
         logits: Tensor = self.network(image)
@@ -87,8 +91,7 @@ class ExpressionModule(LightningModule, abc.ABC):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean loss of a batch and its (B, K) logits."""
-        logits = self(batch["image"])
-        return self.loss_function(logits, batch), logits
+        return self.loss_function.objective(self, batch)
 
     def parameter_groups(self) -> list[dict[str, Any]] | list[nn.Parameter]:
         """Trainable parameters, or groups with their own ``lr_scale`` or ``weight_decay``, for the optimiser."""
