@@ -33,6 +33,7 @@ from fer.runs import RunFolder, code_version, git_commit, job_key, read_json, ve
 from fer.trainer import Trainer, choose_threads, load_checkpoint
 
 log = logging.getLogger(__name__)
+INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM; Lightning's own would be 0
 RUN_KEYS = ("data", "model", "trainer")  # instantiated by this file; `loss`, `optim` ... reach them by interpolation
 
 
@@ -66,7 +67,7 @@ def run_experiment(config: DictConfig, folder_path: Path, resumed: bool = False)
     key = job_key(plain, facts["fingerprint"])
     if resumed:
         key = folder.status()["job_key"]
-    state = folder.begin(OmegaConf.create(plain), key, bool(config.fresh))
+    state = folder.begin(OmegaConf.create(plain), key, bool(config.fresh) and not resumed)
     if state == "done":
         log.info("this run is done already (fresh=true starts it anew): %s", folder.results)
         return float(read_json(folder.results)["metrics"]["val"]["mean_acc"])
@@ -85,12 +86,12 @@ def run_experiment(config: DictConfig, folder_path: Path, resumed: bool = False)
         result = _train_and_test(config, plain, folder, data, facts, state == "unfinished", run_id, loggers)
         exit_code = 0
         return result
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns an interrupt or SIGTERM into an exit
         folder.set_status("interrupted")
         log.warning(
             "interrupted; the same command with hydra.run.dir=%s, or resume=%s, goes on", folder.path, folder.path
         )
-        raise
+        raise SystemExit(INTERRUPTED) from None
     except BaseException as error:
         folder.set_status("failed", error="".join(traceback.format_exception_only(error)).strip())
         raise

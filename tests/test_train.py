@@ -229,6 +229,20 @@ def test_a_failing_run_is_marked_failed_everywhere(tmp_path: Path) -> None:
     assert exits == [1]
 
 
+def test_a_terminated_run_says_so_and_keeps_its_checkpoint(tmp_path: Path) -> None:
+    words = [*TINY, "logger=csv", "trainer.max_epochs=300", "trainer.checkpoint_steps=2", "hydra.run.dir=run"]
+    process = subprocess.Popen([sys.executable, "-m", "fer.train", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 1200
+    while not (tmp_path / "run" / "metrics.csv").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(timeout=600) == 130
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "interrupted"
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
+
+
 def test_every_problem_of_a_config_is_named_at_once(tmp_path: Path) -> None:
     done = train(*TINY, "+model.widht=3", "+trainer.epochs=3", cwd=tmp_path)
     assert done.returncode == 2
@@ -237,8 +251,8 @@ def test_every_problem_of_a_config_is_named_at_once(tmp_path: Path) -> None:
 
 
 def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
-    words = [*TINY, "logger=csv", "trainer.max_epochs=1", "loss=soft,cross_entropy", "-m", "hydra.sweep.dir=sweep"]
-    done = train(*words, cwd=tmp_path)
+    words = [*TINY, "logger=csv", "trainer.max_epochs=1", "loss=soft,cross_entropy", "hydra.sweep.dir=sweep"]
+    done = train("-m", *words, cwd=tmp_path)
     assert done.returncode == 1
     states = [json.loads((tmp_path / "sweep" / str(job) / "status.json").read_text())["status"] for job in (0, 1)]
     assert states == ["failed", "done"]
