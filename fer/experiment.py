@@ -34,6 +34,7 @@ from fer.trainer import Trainer, choose_threads, load_checkpoint
 
 log = logging.getLogger(__name__)
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM; Lightning's own would be 0
+REASONS_SHOWN = 5  # reasons for leaving items out, the commonest first; split.json has all
 RUN_KEYS = ("data", "model", "trainer")  # instantiated by this file; `loss`, `optim` ... reach them by interpolation
 
 
@@ -291,8 +292,7 @@ def print_data(facts: dict[str, Any]) -> None:
     notes = [f"differs from the official counts: {line}" for line in facts["count_differences"]]
     notes += [f"{what}: {n} (pixel-identical)" for what, n in facts["copies"].items() if n]
     notes += [f"{n} subjects in both {where}" for where, n in facts["shared_subjects"].items()]
-    if facts["skipped"]:
-        notes.append(f"{facts['skipped']} items skipped; python -m fer.check lists them")
+    notes += [f"left out: {n:,} ({why})" for why, n in list(facts["skipped"].items())[:REASONS_SHOWN]]
     for note in (*notes, *facts["warnings"], *facts["stamps"]):
         console.print(f"  note: {note}", highlight=False)
 

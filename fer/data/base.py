@@ -13,6 +13,7 @@ manifest, and where the data has them ``soft`` (B, K) and ``valence_arousal`` (B
 import abc
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict
@@ -246,7 +247,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
             "counts": counts,
             "n": {part: len(rows) for part, rows in self.split.parts()},
             "count_differences": manifest.count_differences(),
-            "skipped": len(manifest.skipped) + len(self.store.bad),
+            "skipped": dict(Counter(why for _, why in (*manifest.skipped, *self.store.bad)).most_common()),
             "copies": leaks,
             "shared_subjects": self.split.shared_people(manifest),
             "subjects": None if manifest.subject is None else len(np.unique(manifest.subject)),

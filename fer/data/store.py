@@ -60,7 +60,7 @@ class Store:
 def stat_fingerprint(root: Path) -> str:
     """Hash of name, size and modification time of every file under ``root``; reads no content.
 
-    Full content hashes are the work of ``fer.check``; at every start this is enough to notice a changed source.
+    Content hashes would cost minutes at every start; this is enough to notice a changed source.
     """
     digest, folders = hashlib.sha256(), [str(root)]
     while folders:
