@@ -37,8 +37,8 @@ class ModuleOptions(TypedDict):
 class ExpressionModule(LightningModule, abc.ABC):
     """Base of all architectures.
 
-    A subclass assigns ``self.network`` and says which layer Grad-CAM looks at and what its features are; it may
-    override `loss` and `parameter_groups`.
+    A subclass assigns ``self.network``, which has ``forward_features`` and a ``classifier``, and says which layer
+    Grad-CAM looks at; it may override `loss` and `parameter_groups`.
 
     Attributes:
         leaky: a sentence when predictions of an image depend on the other images of its batch, else None; stamped on
@@ -76,13 +76,16 @@ class ExpressionModule(LightningModule, abc.ABC):
     def cam_layer(self) -> nn.Module:
         """The last layer with a spatial output, for Grad-CAM."""
 
-    @abc.abstractmethod
     def features(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D) pooled features, before dropout and classifier."""
+        """(B, 3, H, W) -> (B, D), what the classifier sees; by default the network's ``forward_features``."""
+        forward_features: Any = self.network.forward_features
+        features: Tensor = forward_features(image)
+        return features
 
-    @abc.abstractmethod
     def classify(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B, K) logits: what `forward` does with `features`."""
+        """(B, D) -> (B, K) logits, what `forward` does with `features`; by default the network's ``classifier``."""
+        logits: Tensor = self.network.get_submodule("classifier")(features)
+        return logits
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised -> (B, K) logits."""

@@ -121,12 +121,3 @@ class CBAMResNet(ExpressionModule):
     def cam_layer(self) -> nn.Module:
         """The last spatial map, after the last attention."""
         return self.network.last_attention
-
-    def features(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D), what the classifier sees."""
-        return self.network.forward_features(image)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """(B, D) -> logits (B, K)."""
-        logits: Tensor = self.network.classifier(features)
-        return logits

@@ -187,15 +187,6 @@ class ConvCut(ExpressionModule):
         """The trunk's last map, 14x14 at 224 pixels; the detail block's 2x2 would be too coarse to look at."""
         return self.network.trunk.stages  # type: ignore[return-value]
 
-    def features(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 256), what the classifier sees."""
-        return self.network.forward_features(image)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """(B, D) -> logits (B, K)."""
-        logits: Tensor = self.network.classifier(features)
-        return logits
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trunk with layer decay, the rest at the full learning rate."""
         rest = [p for name, p in self.network.named_parameters() if not name.startswith("trunk.")]

@@ -122,15 +122,6 @@ class DAN(ExpressionModule):
         """The backbone's last stage."""
         return list(self.network.backbone.children())[-1]
 
-    def features(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C), what the classifier sees."""
-        return self.network.forward_features(image)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """(B, D) -> logits (B, K)."""
-        logits: Tensor = self.network.classifier(features)
-        return logits
-
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The injected loss plus the weighted auxiliary ones."""
         x = self.network.backbone(batch["image"])[-1]

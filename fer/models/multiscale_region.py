@@ -217,15 +217,6 @@ class MultiscaleRegion(ExpressionModule):
         last: nn.Module = list(self.network.backbone.children())[-1]
         return last
 
-    def features(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D), what the classifier sees."""
-        return self.network.forward_features(image)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """(B, D) -> logits (B, K)."""
-        logits: Tensor = self.network.classifier(features)
-        return logits
-
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Detection against the known regions; from ``detector_epochs`` on, expression from the same regions, jittered.
 

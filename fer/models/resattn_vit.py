@@ -175,15 +175,6 @@ class ResAttnViT(ExpressionModule):
         """The fused map the transformer reads."""
         return self.network.conv
 
-    def features(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, hidden), what the classifier sees."""
-        return self.network.forward_features(image)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """(B, D) -> logits (B, K)."""
-        logits: Tensor = self.network.classifier(features)
-        return logits
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The backbone at its own learning rate, the rest at the recipe's."""
         rest = [p for name, p in self.network.named_parameters() if not name.startswith("backbone.")]

@@ -144,15 +144,6 @@ class TwoStream(ExpressionModule):
         """The coarsest fused map, 7x7."""
         return self.network.fusion.cross[-1]
 
-    def features(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, dim), what the classifier sees."""
-        return self.network.forward_features(image)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """(B, D) -> logits (B, K)."""
-        logits: Tensor = self.network.classifier(features)
-        return logits
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The backbone with layer decay from its own learning rate, the rest at the recipe's."""
         rest = [p for name, p in self.network.named_parameters() if not name.startswith("pyramid.backbone.")]
