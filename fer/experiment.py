@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fer.callbacks import MONITOR, Predictions, Randomness, Recorder, WandbPictures, measure_flops
-from fer.config import argument_problems, target_problem, unsafe_entries
+from fer.config import argument_problems, unsafe_entries
 from fer.data.base import ExpressionDataModule
 from fer.data.manifest import PARTS
 from fer.errors import UserError
@@ -56,7 +56,7 @@ def run_experiment(config: DictConfig, folder_path: Path, resumed: bool = False)
     _quieten()
     data = preflight(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    _print_plan(config, folder)
+    _console().print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
     data.open()
     facts = data.facts()
     if config.data.class_names is None:
@@ -131,19 +131,14 @@ def preflight(config: DictConfig) -> ExpressionDataModule:
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise UserError(f"the config does not resolve: {error}") from None
-    problems = [p for key in RUN_KEYS for p in argument_problems({key: plain[key]}) if not _given_later(p)]
+    problems = [p for key in RUN_KEYS for p in argument_problems({key: plain[key]})]
     if problems:
         raise UserError("\n".join(problems))
     data = instantiate(config.data)
     if not isinstance(data, ExpressionDataModule):
         raise UserError(f"data._target_={config.data._target_} is no data set: expected an ExpressionDataModule")
-    if target_problem(config.model._target_) is None:
-        data.check_root()
+    data.check_root()
     return data
-
-
-def _given_later(problem: str) -> bool:
-    return problem.startswith("trainer.") and problem.split(" ")[0] in ("trainer.callbacks", "trainer.logger")
 
 
 def _train_and_test(
@@ -269,10 +264,6 @@ def _set_threads(trainer: Trainer, module: ExpressionModule, data: ExpressionDat
 def _console() -> Console:
     # In a log file there is no terminal to ask for its width.
     return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "120")))
-
-
-def _print_plan(config: DictConfig, folder: RunFolder) -> None:
-    _console().print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
 
 
 def print_data(facts: dict[str, Any]) -> None:
