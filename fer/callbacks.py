@@ -80,7 +80,7 @@ class Recorder(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only."""
-        self._count_time()
+        self.count_time()
         return {
             "history": self.history,
             "best": self.best,
@@ -95,7 +95,8 @@ class Recorder(Checkpoint):
         for key, value in state_dict.items():
             setattr(self, key, value)
 
-    def _count_time(self) -> None:
+    def count_time(self) -> None:
+        """Add the time since the last call to the run's clocks."""
         now = (time.monotonic(), cpu_seconds())
         self.seconds += now[0] - self._mark[0]
         self.cpu += now[1] - self._mark[1]

@@ -192,7 +192,7 @@ def _train_and_test(
     started = time.monotonic()
     trainer.test(module, datamodule=data, verbose=False)
     test_seconds = time.monotonic() - started
-    recorder._count_time()
+    recorder.count_time()
 
     best = recorder.history[[int(row["epoch"]) for row in recorder.history].index(recorder.best_epoch)]
     metrics = {

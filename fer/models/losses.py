@@ -1,5 +1,6 @@
 """Losses on logits. All work in float32, whatever precision the network ran in."""
 
+import abc
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
@@ -29,15 +30,15 @@ class Classifier(Protocol):
         """(B, D) -> logits (B, K)."""
 
 
-class ExpressionLoss(nn.Module):
+class ExpressionLoss(nn.Module, abc.ABC):
     """A loss over a batch: ``forward(logits (B, K), batch) -> scalar``."""
 
     def setup(self, class_counts: Tensor) -> None:
         """Learn the training part's images per class, (K,); most losses need none."""
 
+    @abc.abstractmethod
     def forward(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean loss of the batch, a float32 scalar."""
-        raise NotImplementedError
 
     def objective(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss of a batch through a module, and its (B, K) logits; for losses that need more to override."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fer.layers.ir50 import INPUT_SIZE, IR50, load_ir50
 from fer.layers.mobilefacenet import LandmarkStream, resized
 from fer.layers.pyramid_fusion import LEVELS
-from fer.models.base import ExpressionModule, ModuleOptions
-from fer.models.two_stream import TwoStreamNetwork, check_windows
+from fer.models.base import ModuleOptions
+from fer.models.two_stream import PyramidModule, TwoStreamNetwork, check_windows
 
 
 class FacePyramid(nn.Module):
@@ -31,7 +31,7 @@ class FacePyramid(nn.Module):
         return [halve(x) for halve, x in zip(self.halve, maps, strict=True)]
 
 
-class PosterPP(ExpressionModule):
+class PosterPP(PyramidModule):
     """`TwoStreamNetwork` over `FacePyramid` on the bench.
 
     Args:
@@ -46,8 +46,6 @@ class PosterPP(ExpressionModule):
     Raises:
         UserError: Windows that do not divide the maps, or a wrong checkpoint.
     """
-
-    network: TwoStreamNetwork
 
     def __init__(
         self,
@@ -71,13 +69,6 @@ class PosterPP(ExpressionModule):
         self.network = TwoStreamNetwork(FacePyramid(backbone), stream, self.num_classes, windows, dim, depth)
         self.backbone_lr = backbone_lr
 
-    @property
-    def cam_layer(self) -> nn.Module:
-        """The coarsest fused map, 7x7."""
-        return self.network.fusion.cross[-1]
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The backbone at its own learning rate, the rest at the recipe's."""
-        rest = [p for name, p in self.network.named_parameters() if not name.startswith("pyramid.backbone.")]
-        backbone = self.network.pyramid.get_submodule("backbone")
-        return [{"params": list(backbone.parameters()), "lr_scale": self.backbone_lr}, {"params": rest}]
+    def backbone_groups(self, backbone: nn.Module) -> list[dict[str, Any]]:
+        """One learning rate for the whole backbone."""
+        return [{"params": list(backbone.parameters()), "lr_scale": self.backbone_lr}]

@@ -6,6 +6,7 @@ by DINOv2. The windows are 7x7 on every level, as the text says; POSTER++'s rele
 (``windows: [28, 14, 7]``). 112,204,230 parameters at 8 classes.
 """
 
+import abc
 from typing import Any, Unpack
 
 from torch import Tensor, nn
@@ -94,7 +95,27 @@ def check_windows(windows: list[int]) -> None:
         raise UserError(f"model.windows={windows} must be three sides dividing {list(GRIDS)}: use [7,7,7] or [28,14,7]")
 
 
-class TwoStream(ExpressionModule):
+class PyramidModule(ExpressionModule):
+    """A `TwoStreamNetwork` on the bench: where Grad-CAM looks, and the backbone's own learning rate."""
+
+    network: TwoStreamNetwork
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        """The coarsest fused map, 7x7."""
+        return self.network.fusion.cross[-1]
+
+    @abc.abstractmethod
+    def backbone_groups(self, backbone: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups of the image stream's backbone."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The backbone's own groups, the rest at the recipe's learning rate."""
+        rest = [p for name, p in self.network.named_parameters() if not name.startswith("pyramid.backbone.")]
+        return [*self.backbone_groups(self.network.pyramid.get_submodule("backbone")), {"params": rest}]
+
+
+class TwoStream(PyramidModule):
     """`TwoStreamNetwork` on the bench.
 
     Args:
@@ -112,8 +133,6 @@ class TwoStream(ExpressionModule):
     Raises:
         UserError: Windows that do not divide the maps, or a wrong checkpoint.
     """
-
-    network: TwoStreamNetwork
 
     def __init__(
         self,
@@ -139,13 +158,6 @@ class TwoStream(ExpressionModule):
         self.network = TwoStreamNetwork(TransformerPyramid(vit), stream, self.num_classes, windows, dim, depth)
         self.backbone_lr, self.layer_decay = backbone_lr, layer_decay
 
-    @property
-    def cam_layer(self) -> nn.Module:
-        """The coarsest fused map, 7x7."""
-        return self.network.fusion.cross[-1]
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The backbone with layer decay from its own learning rate, the rest at the recipe's."""
-        rest = [p for name, p in self.network.named_parameters() if not name.startswith("pyramid.backbone.")]
-        backbone = self.network.pyramid.get_submodule("backbone")
-        return [*layer_decay_groups(backbone, self.layer_decay, self.backbone_lr), {"params": rest}]
+    def backbone_groups(self, backbone: nn.Module) -> list[dict[str, Any]]:
+        """Layer decay from the backbone's own learning rate."""
+        return layer_decay_groups(backbone, self.layer_decay, self.backbone_lr)
