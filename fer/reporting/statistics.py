@@ -1,12 +1,34 @@
-"""Statistics over runs: plain numpy and scipy, no files."""
+"""Statistics over runs and over images: plain numpy, scipy and statsmodels, no files.
+
+Every comparison is of a with b: a positive difference says a is better. All tests are two-sided.
+"""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy import stats
+
+from fer.metrics import Array
 
 CONFIDENCE = 0.95
+PRIOR = 0.25  # images by which the bootstrap has each model ahead in each class before it sees any
+
+
+class Comparison(NamedTuple):
+    """Outcome of one test.
+
+    Attributes:
+        difference: a minus b.
+        low, high: 95 % interval of the difference, NaN where the test has none.
+        p: two-sided p value.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float, float]:
@@ -25,5 +47,127 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float, float]:
     if n < 2:
         return mean, math.nan, math.nan, math.nan
     std = float(x.std(ddof=1))
-    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * std / math.sqrt(n)
+    half = float(stats.t.isf((1 - CONFIDENCE) / 2, n - 1)) * std / math.sqrt(n)
     return mean, std, mean - half, mean + half
+
+
+def wilson_half_width(share: float, n: int) -> float:
+    """Half the width of Wilson's 95 % interval of a share of n images: the sampling error of a test part.
+
+    Source: Wilson, JASA 22 (1927), 209-212.
+    """
+    if not n:
+        return math.nan
+    z = float(stats.norm.isf((1 - CONFIDENCE) / 2))
+    return z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+
+
+def mcnemar(right_a: Array, right_b: Array) -> Comparison:
+    """McNemar's test on the same images, by the exact binomial distribution whatever their number.
+
+    Args:
+        right_a: (n,) bool, whether a classified each image correctly.
+        right_b: (n,) bool, the same for b.
+
+    Source: McNemar, Psychometrika 12 (1947), 153-157.
+    """
+    from statsmodels.stats.contingency_tables import mcnemar as test  # seconds to import, needed by few reports
+
+    a, b = np.asarray(right_a, dtype=bool), np.asarray(right_b, dtype=bool)
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    table = [[int((a & b).sum()), only_a], [only_b, int((~a & ~b).sum())]]
+    p = float(test(table, exact=True).pvalue) if only_a + only_b else 1.0
+    return Comparison((only_a - only_b) / len(a), math.nan, math.nan, p)
+
+
+def paired_bootstrap(
+    right_a: Array, right_b: Array, label: Array, resamples: int, seed: int, prior: float = PRIOR
+) -> Comparison:
+    """Bootstrap over images of the difference in mean class accuracy; with one label for all, in accuracy.
+
+    Images are drawn with replacement, both models always on the same ones, so a class may come rarer or more often;
+    one that does not come is left out of the mean, as in `fer.metrics.scores`. Where few images of a class were seen,
+    and the models agree on all of them, the plain bootstrap takes their difference there for certain and rejects too
+    often; ``prior`` images either way in each class mend that (measured in tests/test_statistics.py).
+
+    Args:
+        right_a: (n,) whether a is right on each image, 0 or 1, or the mean of that over its seeds.
+        right_b: (n,) the same for b.
+        label: (n,) class of each image.
+        resamples: bootstrap samples.
+        seed: seed of the drawing.
+        prior: images added to each class in which only a is right, and the same for b.
+
+    Returns:
+        The difference with its percentile interval; p is twice the smaller share of samples on one side of zero.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8, 13 and 15.
+    """
+    d = np.asarray(right_a, dtype=np.float64) - np.asarray(right_b, dtype=np.float64)
+    names, place = np.unique(label, return_inverse=True)
+    # Images of one class and one difference are alike, so drawing how many of each kind come is drawing the images.
+    kinds, count = np.unique(np.stack([place, np.round(d, 9)], axis=1), axis=0, return_counts=True)
+    added = np.array([(k, sign) for k in range(len(names)) for sign in (-1.0, 1.0)])
+    weight = np.concatenate([count, np.full(len(added), prior)])
+    kind, gain = np.concatenate([kinds, added]).T
+    member = (kind[:, None] == np.arange(len(names))).astype(np.float64)
+    drawn = np.random.default_rng(seed).multinomial(len(d), weight / weight.sum(), size=resamples)
+    support, gained = drawn @ member, drawn @ (member * gain[:, None])
+    per_class = np.divide(gained, support, out=np.zeros_like(gained), where=support > 0)
+    sampled = np.round(per_class.sum(1) / (support > 0).sum(1), 12)  # a tie is zero, whatever the order of the sum
+    low, high = np.quantile(sampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    tail = min((sampled <= 0).sum(), (sampled >= 0).sum())
+    seen = float(np.mean(np.bincount(place, d) / np.bincount(place)))
+    return Comparison(seen, float(low), float(high), min(1.0, 2 * float(tail + 1) / (resamples + 1)))
+
+
+def corrected_t(differences: Sequence[float], test_to_train: float) -> Comparison:
+    """Corrected resampled t-test over the folds of a cross-validation, whose training parts overlap.
+
+    Args:
+        differences: a minus b, one per fold, at least 2.
+        test_to_train: images of a fold's test part over images of its training part.
+
+    Source: Nadeau and Bengio, Machine Learning 52 (2003), 239-281, eq. 6 and 8.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    mean, spread = float(d.mean()), float(d.std(ddof=1)) * math.sqrt(1 / len(d) + test_to_train)
+    half = float(stats.t.isf((1 - CONFIDENCE) / 2, len(d) - 1)) * spread
+    if spread == 0:
+        return Comparison(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    return Comparison(mean, mean - half, mean + half, 2 * float(stats.t.sf(abs(mean) / spread, len(d) - 1)))
+
+
+def wilcoxon(differences: Sequence[float]) -> Comparison:
+    """Wilcoxon's signed-rank test over data sets; the ranks of equal results are divided between the two.
+
+    Args:
+        differences: a minus b, one per data set. Below 6 data sets no outcome is significant at 5 %.
+
+    Returns:
+        The median difference and the exact p value, ties or not (scipy's is approximate with ties).
+
+    Source: Demsar, JMLR 7 (2006), section 3.1.3.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    d = np.round(d, 12)  # differences that are equal but for rounding are ties
+    # Ties make ranks of halves; twice a rank is whole. Zeros are shared out, so they do not move the balance.
+    ranks = np.round(2 * stats.rankdata(np.abs(d))).astype(int)
+    for_a, at_stake = int(ranks[d > 0].sum()), ranks[d != 0]
+    chance = np.ones(1)  # of every sum of ranks, each rank falling to either side with probability one half
+    for rank in at_stake:
+        falls = np.zeros(rank + 1)
+        falls[[0, -1]] = 0.5
+        chance = np.convolve(chance, falls)
+    tail = min(chance[: for_a + 1].sum(), chance[for_a:].sum())
+    return Comparison(float(np.median(d)), math.nan, math.nan, min(1.0, 2 * float(tail)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values: compared with 5 %, they keep the chance of any false alarm in the family at 5 %.
+
+    Source: Holm, Scandinavian Journal of Statistics 6 (1979), 65-70.
+    """
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(p) for p in multipletests(list(p_values), method="holm")[1]] if len(p_values) else []
