@@ -9,17 +9,15 @@ import torch
 from conftest import composed
 from fakes import WRITERS
 from hydra.utils import instantiate
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from fer.config import CONF
 from fer.data.base import ExpressionDataModule
+from fer.data.batched import BatchAugment, uniform
 from fer.data.loaders import EpochSampler
 from fer.data.manifest import Manifest
-from fer.data.splits import Holdout, Official
 from fer.data.store import fit, open_store
-from fer.data.transforms import Augment, BatchAugment, Finish, uniform
+from fer.data.transforms import Augment, Finish
 from fer.errors import UserError
 
 DATA_SETS = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if not path.stem.startswith("_"))
@@ -47,7 +45,7 @@ def pixels(data: ExpressionDataModule, number: int = 0) -> dict[int, torch.Tenso
 
 def test_every_data_set_has_a_writer_of_its_layout() -> None:
     assert len(DATA_SETS) >= 8
-    assert set(DATA_SETS) - {"synthetic"} <= set(WRITERS)
+    assert set(DATA_SETS) - {"synthetic", "scenes"} <= set(WRITERS)  # those are drawn
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
@@ -183,9 +181,13 @@ def finish(train: bool, tta: str = "none", **batched: Any) -> Finish:
     )
 
 
+def finished(step: Finish, image: torch.Tensor) -> torch.Tensor:
+    return step({"image": image, "index": torch.arange(len(image))}, 0)["image"]
+
+
 def test_a_random_crop_copies_pixels_exactly() -> None:
     image = torch.randint(0, 256, (64, 48, 48, 1), dtype=torch.uint8)
-    out = finish(train=True)(image, torch.arange(64), 0)
+    out = finished(finish(train=True), image)
     offsets = set()
     for source, crop in zip(image[..., 0].float() / 255, out[:, 0], strict=True):
         places = [
@@ -197,13 +199,13 @@ def test_a_random_crop_copies_pixels_exactly() -> None:
         assert len(places) == 1
         offsets.add(places[0])
     assert len(offsets) > 15  # of 25
-    flipped = finish(train=True, flip=1.0)(image, torch.arange(64), 0)
+    flipped = finished(finish(train=True, flip=1.0), image)
     assert torch.allclose(flipped, out.flip(-1), atol=1e-4)
 
 
 def test_erasing_fills_the_share_it_should() -> None:
     image = torch.randint(0, 256, (256, 48, 48, 3), dtype=torch.uint8)
-    plain, erased = (finish(train=True, erase=e)(image, torch.arange(256), 0) for e in (0.0, 1.0))
+    plain, erased = (finished(finish(train=True, erase=e), image) for e in (0.0, 1.0))
     share = (plain != erased).any(1).float().mean((1, 2))
     assert 0.09 < share.mean() < 0.21
     assert (share > 0.05).all()
@@ -211,15 +213,15 @@ def test_erasing_fills_the_share_it_should() -> None:
 
 def test_ten_crops_are_the_ten_crops() -> None:
     image = torch.randint(0, 256, (3, 48, 48, 1), dtype=torch.uint8)
-    views = finish(train=False, tta="ten_crop")(image, torch.arange(3), 0)
+    views = finished(finish(train=False, tta="ten_crop"), image)
     assert views.shape == (3, 10, 3, 44, 44)
     full = image.permute(0, 3, 1, 2).float().div(255).expand(-1, 3, -1, -1)
     places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2)]
     expected = [full[..., y : y + 44, x : x + 44] for y, x in places]
     expected += [view.flip(-1) for view in expected]
     assert torch.equal(views, torch.stack(expected, 1))
-    assert torch.equal(finish(train=False)(image, torch.arange(3), 0), expected[4])
-    assert torch.equal(finish(train=False, tta="five_crop")(image, torch.arange(3), 0), views[:, :5])
+    assert torch.equal(finished(finish(train=False), image), expected[4])
+    assert torch.equal(finished(finish(train=False, tta="five_crop"), image), views[:, :5])
 
 
 def test_fit_changes_size_and_channels() -> None:
@@ -238,38 +240,6 @@ def manifest_of(n: int, seed: int, subjects: int | None) -> Manifest:
         form="drawn",
         subject=None if subjects is None else rng.integers(0, subjects, n).astype(str),
     )
-
-
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(120, 400), seed=st.integers(0, 9999), subjects=st.one_of(st.none(), st.integers(20, 60)))
-def test_splits_never_share_people_or_copies(n: int, seed: int, subjects: int | None) -> None:
-    manifest = manifest_of(n, seed, subjects)
-    copies = np.random.default_rng(seed).integers(0, n // 2, n).astype(np.uint64)
-    protocol = Holdout(split_seed=seed, drop_leaks=False, val_fraction=0.2, test_fraction=0.25)
-    split = protocol.split(manifest, copies, np.ones(n, dtype=bool))
-    assert sorted(np.concatenate([split.train, split.val, split.test])) == list(range(n))
-    assert split.shared_people(manifest) == {}
-    if subjects is None:
-        for a, b in ((split.train, split.val), (split.train, split.test), (split.val, split.test)):
-            assert not np.intersect1d(copies[a], copies[b]).size
-        shares = [np.bincount(manifest.label[rows], minlength=4) / len(rows) for rows in (split.train, split.test)]
-        assert np.abs(shares[0] - shares[1]).max() < 0.2
-    # The split does not depend on the order of the manifest's rows beyond naming them.
-    assert split.fingerprint(manifest) == protocol.split(manifest, copies, np.ones(n, dtype=bool)).fingerprint(manifest)
-
-
-def test_leaks_leave_train_and_only_train() -> None:
-    manifest = manifest_of(100, 0, None)
-    manifest.split[:] = ["train"] * 60 + ["val"] * 20 + ["test"] * 20
-    copies = np.arange(100, dtype=np.uint64)
-    copies[3], copies[7] = 65, 90  # pixel-identical to a validation and to a test image
-    usable = np.ones(100, dtype=bool)
-    kept = Official(split_seed=0, drop_leaks=False, val_fraction=0.1).split(manifest, copies, usable)
-    clean = Official(split_seed=0, drop_leaks=True, val_fraction=0.1).split(manifest, copies, usable)
-    assert set(kept.train) - set(clean.train) == {3, 7}
-    assert (clean.val == kept.val).all()
-    assert (clean.test == kept.test).all()
-    assert "2 leaked copies" in clean.stamps[0]
 
 
 def test_a_store_is_built_once_and_anew_for_a_changed_source(tmp_path: Path) -> None:

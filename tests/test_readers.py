@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from fer.data.base import ExpressionDataModule
-from fer.data.images import BadImage
+from fer.data.images import BadImage, window
 from fer.data.manifest import Manifest
 from fer.errors import UserError
 
@@ -58,7 +59,17 @@ def manifest(name: str, root: Path, **options: Any) -> Manifest:
 def images(name: str, root: Path, **options: Any) -> tuple[Manifest, list[np.ndarray]]:
     data = reader(name, root, **options)
     found = data.manifest()
-    return found, list(data.images(found, np.arange(len(found))))
+    return found, list(kept(data, found, np.arange(len(found))))
+
+
+def kept(data: ExpressionDataModule, found: Manifest, rows: np.ndarray) -> Iterator[Any]:
+    """What the store keeps of each image."""
+    for row, image in zip(rows, data.images(found, rows), strict=True):
+        if isinstance(image, BadImage) or not data.crop_to_box or found.box is None:
+            yield image
+        else:
+            x, y, width, height = window(*image.shape[:2], found.box[row])
+            yield image[y : y + height, x : x + width]
 
 
 def same_classes(found: dict[str, dict[str, int]], expected: dict[str, dict[str, int]]) -> bool:
@@ -97,7 +108,7 @@ def test_every_default_form(tmp_path: Path, written: tuple[str, Path, Any]) -> N
     assert Manifest.load(tmp_path / "manifest.npz").counts() == found.counts()
     # A manifest read back from the store serves a fresh reader.
     rows = np.array([len(found) - 1, 0])
-    again = list(reader(name, root).images(found, rows))
+    again = list(kept(reader(name, root), found, rows))
     assert all(np.array_equal(a, pictures[row]) for a, row in zip(again, rows, strict=True))
     # The YAML's classes are the data set's own, in its order.
     assert [c for c in found.class_names if c in config(name).class_names] == list(config(name).class_names)

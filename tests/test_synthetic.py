@@ -115,15 +115,16 @@ def test_landmarks_and_boxes_agree() -> None:
     module = build(train=300, val=0, test=0)
     manifest = module.manifest()
     box, organs, five = manifest.box, manifest.organ_boxes, manifest.landmarks
-    assert (box[:, :2] >= -0.5).all()
-    assert (box[:, :2] + box[:, 2:] <= 47.51).all()
+    assert (box[:, :2] >= 0).all()
+    assert (box[:, :2] + box[:, 2:] <= 48.01).all()
     low, high = organs[..., :2], organs[..., :2] + organs[..., 2:]
     assert (low >= box[:, None, :2] - 1e-3).all()
     assert (high <= box[:, None, :2] + box[:, None, 2:] + 1e-3).all()
     visible = ((five > -0.5) & (five < 47.5)).all(-1)
     assert visible.mean() > 0.98
     for point, organ in ((0, 0), (1, 1), (2, 2), (3, 3), (4, 3)):
-        inside = ((five[:, point] >= low[:, organ] - 0.5) & (five[:, point] <= high[:, organ] + 0.5)).all(-1)
+        place = five[:, point] + 0.5  # boxes count from the image's corner, landmarks from the first pixel's centre
+        inside = ((place >= low[:, organ] - 0.5) & (place <= high[:, organ] + 0.5)).all(-1)
         assert inside[visible[:, point]].mean() > 0.98, (point, organ)
     for row in range(50):
         placed = module._place(row)

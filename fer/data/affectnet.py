@@ -15,8 +15,8 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from fer.data.base import DataOptions, ExpressionDataModule, Image
-from fer.data.images import EXTENSIONS, BadImage, crop, safe_join, valid_boxes
+from fer.data.base import DataOptions, ExpressionDataModule
+from fer.data.images import EXTENSIONS, safe_join, valid_boxes
 from fer.data.manifest import Array, Manifest
 from fer.data.tables import Skipped, check_option, csv_files, find_form, plain_name, read_rows
 from fer.errors import UserError
@@ -68,7 +68,7 @@ human_annotated/{train_set,validation_set}/annotations/<n>.json"""
     def __init__(self, *, form: str, crop: str, landmarks: bool, **options: Unpack[DataOptions]) -> None:
         super().__init__(**options)
         check_option("crop", crop, ("box", "none"))
-        self.form, self.crop, self.landmarks = form, crop, landmarks
+        self.form, self.crop_to_box, self.landmarks = form, crop == "box", landmarks
         self.manifest_options = {"form": form, "crop": crop, "landmarks": landmarks}
 
     def manifest(self) -> Manifest:
@@ -89,14 +89,6 @@ human_annotated/{train_set,validation_set}/annotations/<n>.json"""
         if form == "release2017":
             return self._from_lists(folder)
         return self._from_parts(folder, "_exp.npy" if form == "npy" else ".json")
-
-    def images(self, manifest: Manifest, rows: Array) -> Iterator[Image | BadImage]:
-        """Yield the image of each row, cut to the face box where ``crop=box`` and the list has one."""
-        for row, image in zip(rows, super().images(manifest, rows), strict=True):
-            if manifest.box is None or self.crop == "none" or isinstance(image, BadImage):
-                yield image
-            else:
-                yield crop(image, manifest.box[row])
 
     def _from_lists(self, folder: Path) -> Manifest:
         skipped: Skipped = []
@@ -127,7 +119,7 @@ human_annotated/{train_set,validation_set}/annotations/<n>.json"""
                     points.append(_points(values["facial_landmarks"].split(";")))
         table = np.array(numbers, dtype=np.float64).reshape(-1, 6)
         return self._finish(
-            form="release of 2017" + (", cut to the face box" if self.crop == "box" else ", whole images"),
+            form="release of 2017" + (", cut to the face box" if self.crop_to_box else ", whole images"),
             items=list(items),
             labels=labels,
             parts=list(items.values()),

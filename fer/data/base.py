@@ -7,7 +7,9 @@ finding the root, the message when it is missing, decoding, the protocol's split
 loaders, counts and augmentation.
 
 A batch is a dict: ``image`` (B, 3, H, W) float32 normalised, ``label`` (B,) int64, ``index`` (B,) int64 rows of the
-manifest, and where the data has them ``soft`` (B, K) and ``valence_arousal`` (B, 2).
+manifest, and where the data has them ``soft`` (B, K), ``valence_arousal`` (B, 2), ``face_labels`` (B, F) int64 and, in
+pixels of the input with NaN where missing or outside, ``box`` (B, 4), ``organ_boxes`` (B, 4, 4), ``face_boxes``
+(B, F, 4) and ``landmarks`` (B, L, 2), see `fer.data.manifest.Manifest`.
 """
 
 import abc
@@ -25,6 +27,7 @@ from lightning import LightningDataModule
 from fer.data.images import BadImage, read_image
 from fer.data.loaders import EpochSampler, Order, ResidentLoader, StoreDataset, WorkerLoader
 from fer.data.manifest import PARTS, Array, Manifest, Part
+from fer.data.places import PLACES, relative
 from fer.data.splits import PAIRS, Protocol, Split
 from fer.data.store import Store, open_store, stat_fingerprint
 from fer.data.transforms import TTA_VIEWS, Augment, Finish, PerImage
@@ -102,6 +105,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
     request: ClassVar[str]  # where and how one obtains the data
     sequential: ClassVar[bool] = False  # images can only be read front to back, in one go
     on_disk: ClassVar[bool] = True  # False: nothing is read from the root
+    crop_to_box: bool = False  # the store keeps of each image what lies in its face box
 
     class_names: list[str]
     store: Store
@@ -155,7 +159,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         """Read the form found under ``self.root``; runs once per store, not once per run."""
 
     def images(self, manifest: Manifest, rows: Array) -> Iterator[Image | BadImage]:
-        """Yield the image of each row, (H, W) or (H, W, 3) uint8 RGB at its own size; files by default."""
+        """Yield the whole image of each row, (H, W) or (H, W, 3) uint8 RGB at its own size; files by default."""
         for row in rows:
             try:
                 yield read_image(Path(self.root) / str(manifest.item[row]))
@@ -197,7 +201,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
             "channels": self.channels,
         }
         name = type(self).__module__.rpartition(".")[2]
-        self.store = open_store(self.cache, name, key, self.manifest, self.images, self.sequential)
+        self.store = open_store(self.cache, name, key, self.manifest, self.images, self.sequential, self.crop_to_box)
         manifest = self.store.manifest
         self._check_bad_images()
         self.class_names = self.wanted_classes or list(manifest.class_names)
@@ -296,7 +300,10 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
             fields["soft"] = soft / np.maximum(soft.sum(1, keepdims=True), 1e-12)
         if manifest.valence_arousal is not None:
             fields["valence_arousal"] = manifest.valence_arousal.astype(np.float32)
-        return fields
+        if manifest.face_labels is not None:
+            to_output = np.array([*index_map(manifest.class_names, self.class_names), -1])
+            fields["face_labels"] = to_output[manifest.face_labels]
+        return fields | relative(manifest, self.store.windows)
 
     def _sampler(self, part: Part) -> EpochSampler:
         train, trainer = part == "train", self.trainer
@@ -323,8 +330,10 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         )
         if resident:
             return ResidentLoader(sampler, *self._resident_tensors(device), finish, remember_position=train)
-        augment = PerImage(self.augment, self.store_size, self.seed) if train else None
-        dataset = StoreDataset(self.store.images, self._fields(), augment)
+        fields = self._fields()
+        track = any(key in fields for key in PLACES)
+        augment = PerImage(self.augment, self.store_size, self.seed, track) if train else None
+        dataset = StoreDataset(self.store.images, fields, augment)
         return WorkerLoader(sampler, dataset, self.num_workers, device, finish, remember_position=train)
 
     def _resident_tensors(self, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

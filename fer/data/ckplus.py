@@ -11,8 +11,8 @@ from typing import Unpack
 
 import numpy as np
 
-from fer.data.base import DataOptions, Image
-from fer.data.images import BadImage, crop, list_images, subfolders, valid_boxes
+from fer.data.base import DataOptions
+from fer.data.images import list_images, subfolders, valid_boxes
 from fer.data.manifest import Array, Manifest
 from fer.data.tables import (
     PIXEL_COLUMNS,
@@ -60,6 +60,7 @@ CK+48/{anger,contempt,disgust,fear,happy,sadness,surprise}/S010_004_00000017.png
 or
 ckextended.csv"""
     request = "jeffcohn.net (signed agreement, non-commercial)"
+    crop_to_box = True
 
     def __init__(self, *, form: str, frames: str, neutral: bool, **options: Unpack[DataOptions]) -> None:
         super().__init__(**options)
@@ -93,14 +94,6 @@ ckextended.csv"""
         form, folder = found
         self._tables = {}
         return {"official": self._from_release, "ck48": self._from_folders, "csv": self._from_csv}[form](folder)
-
-    def images(self, manifest: Manifest, rows: Array) -> Iterator[Image | BadImage]:
-        """Yield the image of each row; the release's frames are cut to the face where landmarks tell it."""
-        for row, image in zip(rows, super().images(manifest, rows), strict=True):
-            if manifest.box is None or isinstance(image, BadImage):
-                yield image
-            else:
-                yield crop(image, manifest.box[row])
 
     def _from_release(self, folder: Path) -> Manifest:
         images, emotions = _tree(folder, ".png"), _tree(folder, "_emotion.txt")
@@ -172,6 +165,7 @@ ckextended.csv"""
                 f"{table.name} names no subjects, so every split has the same people on both sides (so has its Usage "
                 "column, which is not used)",
             ),
+            stamps=(f"not subject-independent: {table.name} names no subjects",),
             official={"all": {name: count[name] for name in self.classes}},
         )
 
@@ -202,6 +196,7 @@ ckextended.csv"""
             form=f"{form}, {'peak frame' if self.frames == 'last1' else 'last three frames'}",
             subject=np.array([parts[0] for parts in files], dtype=str),
             sequence=np.array(["_".join(parts[:2]) for parts in files], dtype=str),
+            fold=default_folds(np.array([parts[0] for parts in files], dtype=str)),
             landmarks=landmarks,
             box=box,
             skipped=tuple(skipped),

@@ -19,7 +19,7 @@ cv2.setNumThreads(0)  # pictures this small are slower with threads, and loaders
 
 @dataclass(frozen=True, eq=False)
 class Face:
-    """A picture and all that is known of it; coordinates in pixels, (0, 0) the centre of the first pixel.
+    """A picture and all that is known of it, places in pixels as in `fer.data.manifest.Manifest`.
 
     Attributes:
         image: (size, size) or (size, size, 3) uint8 RGB.
@@ -81,8 +81,8 @@ def annotations(placed: Geometry, size: int) -> tuple[Array, Array, Array, Array
     points = placed.landmarks * size - 0.5
     five = np.stack([points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]])
     boxes = np.concatenate([placed.box[None], placed.organ_boxes])
-    low = np.clip(boxes[:, :2], 0, 1) * size - 0.5
-    high = np.clip(boxes[:, :2] + boxes[:, 2:], 0, 1) * size - 0.5
+    low = np.clip(boxes[:, :2], 0, 1) * size
+    high = np.clip(boxes[:, :2] + boxes[:, 2:], 0, 1) * size
     clipped = np.concatenate([low, high - low], axis=1)
     return points, five, clipped[0], clipped[1:]
 

@@ -12,19 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from fer.data.manifest import MIRROR
+
 Array = np.ndarray[Any, Any]
 Colour = tuple[int, int, int]
 
-PERSON, PICTURE, PAINT, SENSOR, PLAN = range(5)  # kinds of random streams
+PERSON, PICTURE, PAINT, SENSOR, PLAN, SCENE, BACKDROP = range(7)  # kinds of random streams
 
-# Index of the landmark each landmark becomes when the image is mirrored.
-MIRROR_68 = np.array(
-    [
-        *(*range(16, -1, -1), *range(26, 16, -1), *range(27, 31), *range(35, 30, -1)),  # jaw, brows, nose
-        *(*range(45, 41, -1), 47, 46, *range(39, 35, -1), 41, 40),  # eyes
-        *(*range(54, 47, -1), *range(59, 54, -1), *range(64, 59, -1), *range(67, 64, -1)),  # outer and inner lips
-    ]
-)
+MIRROR_68 = np.array(MIRROR[68])
 _RIGHT = (*range(9, 17), *range(22, 27), 34, 35, *range(42, 48), *range(52, 57), *range(63, 66))
 SIDE = np.zeros(68)  # -1 left, +1 right, 0 on the midline
 SIDE[[*_RIGHT]] = 1

@@ -126,13 +126,14 @@ def valid_boxes(box: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float3
     return np.where(good[:, None], np.hstack([corner, size]), np.nan).astype(np.float32)
 
 
-def crop(image: Pixels, box: np.ndarray[Any, Any]) -> Pixels:
-    """The part of ``image`` inside a box x, y, width, height; the whole image where the box is NaN or lies outside."""
-    if np.isnan(box).any():
-        return image
-    x, y, width, height = np.rint(box).astype(int)
-    part = image[max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]
-    return part if part.size else image
+def window(height: int, width: int, box: np.ndarray[Any, Any]) -> tuple[int, int, int, int]:
+    """x, y, width, height in whole pixels of an image's part inside a box; the whole image where there is no such."""
+    if np.isfinite(box).all():
+        left, top, across, down = np.rint(box).astype(int).tolist()
+        x, y, right, bottom = max(left, 0), max(top, 0), min(left + across, width), min(top + down, height)
+        if right > x and bottom > y:
+            return x, y, right - x, bottom - y
+    return 0, 0, width, height
 
 
 def safe_join(root: Path, relative: str, source: str = "") -> Path:

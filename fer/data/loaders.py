@@ -86,7 +86,7 @@ class _Loader:
         self.sampler.epoch, self.sampler.position = state["epoch"], state["position"]
 
 
-Finish = Callable[[Tensor, Tensor, int], Tensor]  # uint8 images, rows, epoch -> what the network sees
+Finish = Callable[[dict[str, Tensor], int], dict[str, Tensor]]  # a batch as stored, epoch -> what the network sees
 
 
 class ResidentLoader(_Loader):
@@ -96,7 +96,7 @@ class ResidentLoader(_Loader):
         sampler: order and position.
         images: (N, S, S, C) uint8.
         fields: further per-image tensors on the same device, by batch key.
-        finish: turns (B, S, S, C) uint8 images into the network's input.
+        finish: turns a batch with (B, S, S, C) uint8 images into the network's input.
         remember_position: a training loader, whose position a checkpoint keeps.
     """
 
@@ -110,7 +110,7 @@ class ResidentLoader(_Loader):
         for epoch, rows in self.sampler:
             index = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
             batch = {key: values[index] for key, values in self.fields.items()}
-            yield {"image": self.finish(self.images[index], index, epoch), "index": index, **batch}
+            yield self.finish({"image": self.images[index], "index": index, **batch}, epoch)
 
 
 class StoreDataset(Dataset[dict[str, Any]]):
@@ -120,16 +120,15 @@ class StoreDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, images: Array, fields: dict[str, Array], augment: Callable[[Array, int, int], Array] | None
+        self, images: Array, fields: dict[str, Array], augment: Callable[[Array, int, int], dict[str, Array]] | None
     ) -> None:
         self.images, self.fields, self.augment = images, fields, augment
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         epoch, row = place
         image = np.array(self.images[row])
-        if self.augment is not None:
-            image = self.augment(image, epoch, row)
-        return {"image": image, "index": row, **{key: values[row] for key, values in self.fields.items()}}
+        seen = {"image": image} if self.augment is None else self.augment(image, epoch, row)
+        return {**seen, "index": row, **{key: values[row] for key, values in self.fields.items()}}
 
 
 class _Places:
@@ -188,6 +187,4 @@ class WorkerLoader(_Loader):
         # so the position counts batches handed out, never batches read.
         epoch = self.sampler.epoch
         for batch in self.loader:
-            moved = {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
-            image = self.finish(moved.pop("image"), moved["index"], epoch)
-            yield {"image": image, **moved}
+            yield self.finish({key: values.to(self.device, non_blocking=True) for key, values in batch.items()}, epoch)

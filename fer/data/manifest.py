@@ -18,12 +18,27 @@ from fer.errors import UserError
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
 Array = np.ndarray[Any, Any]
-_OPTIONAL = ("subject", "sequence", "soft", "box", "landmarks", "valence_arousal", "organ_boxes")
+_OPTIONAL = (
+    *("subject", "sequence", "fold", "soft", "valence_arousal"),
+    *("box", "landmarks", "organ_boxes", "face_boxes", "face_labels"),
+)
+# For 5 and for 68 landmarks: index of the landmark each one becomes when the image is mirrored.
+MIRROR = {
+    5: (1, 0, 2, 4, 3),
+    68: (
+        *(*range(16, -1, -1), *range(26, 16, -1), *range(27, 31), *range(35, 30, -1)),  # jaw, brows, nose
+        *(*range(45, 41, -1), 47, 46, *range(39, 35, -1), 41, 40),  # eyes
+        *(*range(54, 47, -1), *range(59, 54, -1), *range(64, 59, -1), *range(67, 64, -1)),  # outer and inner lips
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Manifest:
     """N images of one data set.
+
+    Places are in pixels of the source image. A box is x, y, width, height with (0, 0) the image's upper left corner, so
+    that a whole image is (0, 0, W, H); a landmark has (0, 0) at the centre of the first pixel.
 
     Attributes:
         item: (N,) str, what people look an image up by: a posix path relative to the root, or ``file.csv:row``
@@ -33,17 +48,24 @@ class Manifest:
         split: (N,) str, the official part of each image: ``train``, ``val``, ``test``, or ``""`` where there is none.
         form: the on-disk form that was found, in words (``"fer2013.csv"``); printed and recorded.
         subject: (N,) str, the person, or None where unknown.
-        sequence: (N,) str, the video an image was cut from, or None.
+        sequence: (N,) str, the video an image was cut from, one name for one video of the whole data set, or None.
+        fold: (N,) int64 from 0, the folds the field customarily uses on this data set, or None.
         soft: (N, K) float32, label distribution summing to 1, or None.
-        box: (N, 4) float32, face box x, y, width, height in source pixels, NaN where missing, or None.
+        box: (N, 4) float32, face box, NaN where missing, or None.
         landmarks: (N, L, 2) float32, L = 5 (left eye, right eye, nose, left mouth corner, right mouth corner, as seen
-            in the image) or 68 (iBUG order), source pixels, NaN where missing, or None.
-        organ_boxes: (N, 4, 4) float32, boxes of left eye, right eye, nose, mouth, or None.
+            in the image) or 68 (iBUG order), NaN where missing, or None.
+        organ_boxes: (N, 4, 4) float32, boxes of left eye, right eye, nose, mouth as seen in the image, or None.
+        face_boxes: (N, F, 4) float32, boxes of all labelled faces where an image has several, filled up with NaN, or
+            None.
+        face_labels: (N, F) int64, index into ``class_names`` of each of them, filled up with -1, or None.
         valence_arousal: (N, 2) float32 in [-1, 1], NaN where not annotated, or None.
         attributes: further per-image facts for subgroup results (``gender``, ``age`` ...), each (N,) str.
         skipped: (item, reason) of what the source lists but the manifest leaves out.
         warnings: sentences worth showing once (defects of the form, options that change the protocol).
+        stamps: sentences every figure measured on this data must carry, whatever the split.
         official: official counts per part and class name for this form and these options, where known.
+        benchmark: published figures are measured on the official test part, so cross-validation leaves it untouched
+            unless told otherwise, and figures on other images are stamped.
     """
 
     item: Array
@@ -53,15 +75,20 @@ class Manifest:
     form: str
     subject: Array | None = None
     sequence: Array | None = None
+    fold: Array | None = None
     soft: Array | None = None
     box: Array | None = None
     landmarks: Array | None = None
     organ_boxes: Array | None = None
+    face_boxes: Array | None = None
+    face_labels: Array | None = None
     valence_arousal: Array | None = None
     attributes: dict[str, Array] = field(default_factory=dict)
     skipped: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
+    stamps: tuple[str, ...] = ()
     official: dict[str, dict[str, int]] | None = None
+    benchmark: bool = True
 
     def __post_init__(self) -> None:
         """Check shapes and label range, the contract everything downstream relies on.
@@ -75,6 +102,8 @@ class Manifest:
         for name, values in arrays.items():
             if len(values) != n:
                 raise UserError(f"manifest of {self.form}: {len(values)} values of '{name}' for {n} images")
+        if self.landmarks is not None and self.landmarks.shape[1] not in MIRROR:
+            raise UserError(f"manifest of {self.form}: {self.landmarks.shape[1]} landmarks per face, expected 5 or 68")
         bad = np.flatnonzero((self.label < 0) | (self.label >= len(self.class_names)))
         if len(bad):
             raise UserError(
@@ -116,7 +145,10 @@ class Manifest:
         """Serialise as an npz archive without pickle."""
         arrays = {k: v for k in ("item", "label", "split", *_OPTIONAL) if (v := getattr(self, k)) is not None}
         arrays |= {f"attribute.{k}": v for k, v in self.attributes.items()}
-        text = {k: getattr(self, k) for k in ("class_names", "form", "skipped", "warnings", "official")}
+        text = {
+            k: getattr(self, k)
+            for k in ("class_names", "form", "skipped", "warnings", "stamps", "official", "benchmark")
+        }
         buffer = io.BytesIO()
         np.savez(buffer, **arrays, text=np.frombuffer(json.dumps(text).encode(), dtype=np.uint8))
         return buffer.getvalue()
@@ -135,5 +167,7 @@ class Manifest:
             form=text["form"],
             skipped=tuple((str(a), str(b)) for a, b in text["skipped"]),
             warnings=tuple(text["warnings"]),
+            stamps=tuple(text["stamps"]),
             official=text["official"],
+            benchmark=text["benchmark"],
         )

@@ -11,8 +11,8 @@ from typing import Unpack
 
 import numpy as np
 
-from fer.data.base import DataOptions, ExpressionDataModule, Image
-from fer.data.images import BadImage, crop, list_images, subfolders, valid_boxes
+from fer.data.base import DataOptions, ExpressionDataModule
+from fer.data.images import list_images, subfolders, valid_boxes
 from fer.data.manifest import Array, Manifest
 from fer.data.tables import Skipped, check_option, find_form, read_rows
 from fer.errors import UserError
@@ -66,6 +66,7 @@ basic/ (or compound/, data.labels=compound)
 or
 {train,test}/{1..7}/train_00001_aligned.jpg, with train_labels.csv and test_labels.csv where they came along"""
     request = "whdeng.cn/RAF/model1.html, by e-mail from an academic staff address"
+    crop_to_box = True  # photographs; the aligned images have no box
 
     def __init__(self, *, form: str, labels: str, image: str, **options: Unpack[DataOptions]) -> None:
         super().__init__(**options)
@@ -91,14 +92,6 @@ or
             raise self.missing(f"EmoLabel/list_patition_label.txt of the {kind} set, or train/ and test/ class folders")
         form, folder = found
         return self._from_official(folder) if form == "official" else self._from_folders(folder)
-
-    def images(self, manifest: Manifest, rows: Array) -> Iterator[Image | BadImage]:
-        """Yield the image of each row; photographs are cut to the face box."""
-        for row, image in zip(rows, super().images(manifest, rows), strict=True):
-            if manifest.box is None or isinstance(image, BadImage):
-                yield image
-            else:
-                yield crop(image, manifest.box[row])
 
     def _is_official(self, folder: Path) -> bool:
         """Whether a partition list lies here whose labels are those of the wanted set."""

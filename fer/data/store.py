@@ -1,7 +1,8 @@
 """The store: every image of a data set decoded once into one uint8 memory map, shared by all folds and jobs.
 
-A store is a folder ``<cache>/<name>-<key>/`` with ``manifest.npz``, ``images.npy`` (N, S, S, C), ``pixels.npy``
-(a hash of each image's pixels) and ``bad.json`` (images that could not be read). The key covers the source's stat
+A store is a folder ``<cache>/<name>-<key>/`` with ``manifest.npz``, ``images.npy`` (N, S, S, C), ``windows.npy`` (the
+part of its source each image shows), ``pixels.npy`` (a hash of each image's pixels) and ``bad.json`` (images that could
+not be read). The key covers the source's stat
 fingerprint, the reader's options and the size, so a changed source gets a new store. It is built under another name
 and renamed when complete: a folder of the final name is always whole, and two jobs that start together build once.
 """
@@ -21,10 +22,10 @@ import numpy as np
 from filelock import FileLock
 from rich.progress import Progress
 
-from fer.data.images import BadImage
+from fer.data.images import BadImage, window
 from fer.data.manifest import Array, Manifest
 
-VERSION = 1  # raise when decoding or resizing changes
+VERSION = 3  # raise when decoding, resizing or the files of a store change
 CHUNK = 256
 Reader = Callable[[Manifest, Array], Iterator[Array | BadImage]]
 
@@ -39,6 +40,7 @@ class Store:
         path: its folder.
         manifest: N images.
         images: (N, S, S, C) uint8 memory map, C = 1 or 3 (RGB).
+        windows: (N, 4) int32 x, y, width, height of the part of the source image that was kept, in its pixels.
         copies: (N,) uint64 pixel hash; equal values are pixel-identical images.
         bad: unreadable images as (row, reason); their pixels are zero.
     """
@@ -46,6 +48,7 @@ class Store:
     path: Path
     manifest: Manifest
     images: Array
+    windows: Array
     copies: Array
     bad: tuple[tuple[int, str], ...]
 
@@ -103,7 +106,13 @@ def pixel_hash(image: Array) -> int:
 
 
 def open_store(
-    cache: Path, name: str, key_parts: dict[str, Any], manifest: Callable[[], Manifest], read: Reader, sequential: bool
+    cache: Path,
+    name: str,
+    key_parts: dict[str, Any],
+    manifest: Callable[[], Manifest],
+    read: Reader,
+    sequential: bool,
+    crop_to_box: bool = False,
 ) -> Store:
     """Open the store of a data set, building it when it is not there yet.
 
@@ -114,32 +123,39 @@ def open_store(
         manifest: reads the data set's manifest.
         read: yields, for the given rows in order, each image at its own size, or the `BadImage` that explains why not.
         sequential: the source can only be read front to back, in one go.
+        crop_to_box: keep only what lies in the manifest's face box, where an image has one.
     """
-    key = hashlib.sha256(json.dumps({**key_parts, "version": VERSION}, sort_keys=True).encode()).hexdigest()[:16]
+    key_parts = {**key_parts, "crop_to_box": crop_to_box, "version": VERSION}
+    key = hashlib.sha256(json.dumps(key_parts, sort_keys=True).encode()).hexdigest()[:16]
     path = cache / f"{name}-{key}"
     if not path.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{name}-{key}.lock"):
             if not path.is_dir():
-                _build(path, manifest(), read, key_parts["size"], key_parts["channels"], sequential)
+                _build(path, manifest(), read, key_parts["size"], key_parts["channels"], sequential, crop_to_box)
     return Store(
         path=path,
         manifest=Manifest.load(path / "manifest.npz"),
         # Copy-on-write, so that torch gets a writable array and the file still never changes.
         images=np.load(path / "images.npy", mmap_mode="c"),
+        windows=np.load(path / "windows.npy"),
         copies=np.load(path / "pixels.npy"),
         bad=tuple((int(row), str(why)) for row, why in json.loads((path / "bad.json").read_text())),
     )
 
 
-def _build(path: Path, manifest: Manifest, read: Reader, size: int, channels: int, sequential: bool) -> None:
+def _build(
+    path: Path, manifest: Manifest, read: Reader, size: int, channels: int, sequential: bool, crop_to_box: bool
+) -> None:
     """Decode everything into a folder beside ``path`` and rename it; the caller holds the lock."""
     unfinished = path.with_name(path.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     n = len(manifest)
     images = np.lib.format.open_memmap(unfinished / "images.npy", "w+", np.uint8, (n, size, size, channels))
+    windows = np.ones((n, 4), dtype=np.int32)
     copies = np.zeros(n, dtype=np.uint64)
+    boxes = manifest.box if crop_to_box and manifest.box is not None else np.full((n, 4), np.nan)
     bad: list[tuple[int, str]] = []
 
     def decode(rows: Array) -> None:
@@ -149,6 +165,8 @@ def _build(path: Path, manifest: Manifest, read: Reader, size: int, channels: in
                 # No pixels to compare: every unreadable image is its own group.
                 copies[row] = row
             else:
+                x, y, width, height = windows[row] = window(*image.shape[:2], boxes[row])
+                image = image[y : y + height, x : x + width]
                 copies[row] = pixel_hash(image)
                 images[row] = fit(image, size, channels)
             progress.advance(task)
@@ -160,6 +178,7 @@ def _build(path: Path, manifest: Manifest, read: Reader, size: int, channels: in
         task = progress.add_task(f"decoding {n:,} images once", total=n)
         list(pool.map(decode, chunks))
     images.flush()
+    np.save(unfinished / "windows.npy", windows)
     np.save(unfinished / "pixels.npy", copies)
     (unfinished / "manifest.npz").write_bytes(manifest.to_bytes())
     (unfinished / "bad.json").write_text(json.dumps(sorted(bad)))

@@ -7,7 +7,7 @@ another size, changes none of those there were.
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import cached_property
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -20,10 +20,10 @@ from fer.errors import UserError
 from fer.labels import BASIC_7, EXPRESSIONS
 
 GENERATOR = 1  # raise when the same options give other pictures
-_LAST_DIGITS = {"train": range(7), "val": range(7, 8), "test": range(8, 10)}  # of each part's subjects
-_PART_SIZE = 1 << 32  # numbers of one part
+LAST_DIGITS = {"train": range(7), "val": range(7, 8), "test": range(8, 10)}  # of each part's subjects
+PART_SIZE = 1 << 32  # numbers of one part
 _GOLDEN = (5**0.5 - 1) / 2
-_CLASSES = {7: BASIC_7, 8: EXPRESSIONS}
+CLASSES = {7: BASIC_7, 8: EXPRESSIONS}
 _RANGE = "[lowest, highest] with 0 <= lowest <= highest <= 1"
 # Images per class of RAF-DB's training part (Li et al., CVPR 2017); contempt, which it lacks, as rare as fear.
 RAF_DB = {
@@ -97,28 +97,8 @@ class Synthetic(ExpressionDataModule):
             "light": light,
             "occlusion": occlusion,
         }
-        self._check()
-        self.expressions = _CLASSES[classes]
-
-    def _check(self) -> None:
-        """Refuse options no picture can have, by name."""
-        own = self.manifest_options
-        checks = [
-            ("classes", own["classes"] in _CLASSES, "7, or 8 with contempt"),
-            ("subjects", self.subjects >= 10, "at least 10, so that every part has some"),
-            ("image_seed", 0 <= self.image_seed < 1 << 63, "an integer from 0 on"),
-            ("store_size", 32 <= self.store_size <= 448, "32 to 448 pixels"),
-            ("intensity", len(self.intensity) == 2 and min(self.intensity) >= 0 and max(self.intensity) <= 1, _RANGE),
-            ("intensity", self.intensity == sorted(self.intensity), _RANGE),
-            *((part, 0 <= self.sizes[part] < _PART_SIZE, "a number of images, 0 or more") for part in PARTS),
-            ("train", any(self.sizes.values()), "some images in train, val or test"),
-            *((key, 0 <= own[key] <= 1, "a share from 0 to 1") for key in ("label_noise", "occlusion")),
-            *((key, 0 <= own[key] <= 1.5, "0 (none) to 1.5, usually 1") for key in ("pose", "light")),
-        ]
-        for key, good, expected in checks:
-            if not good:
-                value = self.store_size if key == "store_size" else own[key]
-                raise UserError(f"data.{key}={value}: expected {expected}")
+        check_drawing(self.manifest_options, store_size=self.store_size)
+        self.expressions = CLASSES[classes]
 
     def source_fingerprint(self) -> str:
         """The generator's version: there is no source on disk."""
@@ -137,6 +117,7 @@ class Synthetic(ExpressionDataModule):
             class_names=self.expressions,
             split=plan.part,
             form="drawn",
+            benchmark=False,
             subject=np.array([f"s{s:04d}" for s in plan.subject]),
             landmarks=five,
             box=box,
@@ -183,7 +164,7 @@ class Synthetic(ExpressionDataModule):
             drawn = np.searchsorted(edges, (rng.random() + number * _GOLDEN) % 1, side="right")
             # A longer table begins with the rows of a shorter one.
             who, strength, noise, other = rng.random((len(number), 4)).T
-            people = np.array([s for s in range(self.subjects) if s % 10 in _LAST_DIGITS[part]])
+            people = np.array([s for s in range(self.subjects) if s % 10 in LAST_DIGITS[part]])
             intensity = self.intensity[0] + (self.intensity[1] - self.intensity[0]) * strength
             wrong = drawn + 1 + (other * (len(self.expressions) - 1)).astype(int)
             replaced = (noise < self.label_noise) & (part == "train")
@@ -191,7 +172,7 @@ class Synthetic(ExpressionDataModule):
                 _Plan(
                     item=np.array([f"{part}/{n:06d}" for n in number], dtype=str),
                     part=np.full(len(number), part),
-                    index=p * _PART_SIZE + number,
+                    index=p * PART_SIZE + number,
                     drawn=drawn,
                     label=np.where(replaced, wrong % len(self.expressions), drawn),
                     subject=people[(who * len(people)).astype(int)],
@@ -199,6 +180,30 @@ class Synthetic(ExpressionDataModule):
                 )
             )
         return _Plan(*(np.concatenate(columns) for columns in zip(*map(astuple, parts), strict=True)))
+
+
+def check_drawing(own: dict[str, Any], store_size: int) -> None:
+    """Refuse options no drawn picture can have, by name.
+
+    Raises:
+        UserError: naming the first such option and what it may be.
+    """
+    checks: list[tuple[str, bool, str]] = [
+        ("classes", own["classes"] in CLASSES, "7, or 8 with contempt"),
+        ("subjects", own["subjects"] >= 10, "at least 10, so that every part has some"),
+        ("image_seed", 0 <= own["image_seed"] < 1 << 63, "an integer from 0 on"),
+        ("store_size", 32 <= store_size <= 448, "32 to 448 pixels"),
+        ("intensity", len(own["intensity"]) == 2 and 0 <= min(own["intensity"]) <= max(own["intensity"]) <= 1, _RANGE),
+        ("intensity", own["intensity"] == sorted(own["intensity"]), _RANGE),
+        *((part, 0 <= own[part] < PART_SIZE, "a number of images, 0 or more") for part in PARTS),
+        ("train", any(own[part] for part in PARTS), "some images in train, val or test"),
+        *((key, 0 <= own[key] <= 1, "a share from 0 to 1") for key in ("label_noise", "occlusion") if key in own),
+        *((key, 0 <= own[key] <= 1.5, "0 (none) to 1.5, usually 1") for key in ("pose", "light")),
+    ]
+    for key, good, expected in checks:
+        if not good:
+            value = store_size if key == "store_size" else own[key]
+            raise UserError(f"data.{key}={value}: expected {expected}")
 
 
 @dataclass(frozen=True)
