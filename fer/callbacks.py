@@ -1,5 +1,6 @@
 """What a run writes while it trains and tests: curves, checkpoints, confusion matrices, predictions, W&B's pictures."""
 
+import contextlib
 import math
 import resource
 import time
@@ -15,6 +16,7 @@ from torch import Tensor
 from fer.data.base import ExpressionDataModule
 from fer.loggers import Wandb
 from fer.metrics import Array
+from fer.models.averaging import WeightAverage
 from fer.models.base import ExpressionModule
 from fer.reporting.figures import confusion_figure
 from fer.runs import RunFolder, read_json, write_json, write_text
@@ -66,8 +68,10 @@ class Recorder(Checkpoint):
         resumed_from_step: optimiser step this session began at, None for an uninterrupted run.
     """
 
-    def __init__(self, folder: RunFolder, minutes: float, steps: int | None) -> None:
-        self.folder, self.minutes, self.steps = folder, minutes, steps
+    def __init__(
+        self, folder: RunFolder, minutes: float, steps: int | None, average: WeightAverage | None = None
+    ) -> None:
+        self.folder, self.minutes, self.steps, self.average = folder, minutes, steps, average
         self.history: list[dict[str, float]] = []
         self.best = -math.inf
         self.best_epoch = -1
@@ -138,7 +142,9 @@ class Recorder(Checkpoint):
         value = metrics.get(MONITOR, math.nan)
         if value > self.best:
             self.best, self.best_epoch = value, trainer.current_epoch
-            trainer.save_checkpoint(self.folder.best, weights_only=True)
+            # What was validated is kept.
+            with self.average.in_place(module) if self.average else contextlib.nullcontext():
+                trainer.save_checkpoint(self.folder.best, weights_only=True)
             counts = module.tally("val").confusion_matrix()
             title = f"validation, epoch {self.best_epoch + 1}: mean class accuracy {100 * value:.2f} %"
             save_confusion(self.folder, "val", counts, module.class_names, title)

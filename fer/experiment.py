@@ -28,6 +28,7 @@ from fer.data.base import ExpressionDataModule
 from fer.data.manifest import PARTS
 from fer.errors import UserError
 from fer.loggers import Wandb
+from fer.models.averaging import WeightAverage
 from fer.models.base import ExpressionModule
 from fer.runs import RunFolder, code_version, git_commit, job_key, read_json, versions, write_json
 from fer.trainer import Trainer, choose_threads, load_checkpoint
@@ -35,7 +36,7 @@ from fer.trainer import Trainer, choose_threads, load_checkpoint
 log = logging.getLogger(__name__)
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM; Lightning's own would be 0
 REASONS_SHOWN = 5  # reasons for leaving items out, the commonest first; split.json has all
-RUN_KEYS = ("data", "model", "trainer")  # instantiated by this file; `loss`, `optim` ... reach them by interpolation
+RUN_KEYS = ("data", "model", "mix", "trainer")  # instantiated by this file; `loss` ... reach them by interpolation
 
 
 def run_experiment(config: DictConfig, folder_path: Path, resumed: bool = False) -> float:
@@ -156,9 +157,12 @@ def _train_and_test(
         raise UserError(f"model._target_={config.model._target_} is no model: expected an ExpressionModule")
     for node in (config.logger or {}).values():
         loggers.append(instantiate(node, run_id=run_id, save_dir=str(folder.path)))
-    recorder = Recorder(folder, config.trainer.checkpoint_minutes, config.trainer.checkpoint_steps)
+    average = WeightAverage(config.trainer.weight_ema) if config.trainer.weight_ema is not None else None
+    recorder = Recorder(folder, config.trainer.checkpoint_minutes, config.trainer.checkpoint_steps, average)
     predictions = Predictions(folder)
-    callbacks = [Randomness(config.seed), recorder, predictions, WandbPictures(folder, predictions, recorder)]
+    # Randomness comes before what draws from it.
+    callbacks = [Randomness(config.seed), instantiate(config.mix), *([average] if average else [])]
+    callbacks += [recorder, predictions, WandbPictures(folder, predictions, recorder)]
     if config.trainer.patience is not None:
         callbacks.append(
             lightning.pytorch.callbacks.EarlyStopping(MONITOR, patience=config.trainer.patience, mode="max")

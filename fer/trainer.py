@@ -73,6 +73,8 @@ class Trainer(lightning.Trainer):
     Args:
         threads: CPU threads, a number or ``auto``; see `choose_threads`.
         channels_last: keep images and weights channels-last, which convolutions prefer.
+        weight_ema: decay of the moving average of the weights that is validated, tested and kept, such as 0.9998; None
+            does so with the weights themselves.
         patience: stop when the validation monitor has not improved for so many epochs; None trains to the end.
         checkpoint_minutes: minutes between checkpoints within an epoch.
         checkpoint_steps: steps between checkpoints within an epoch, on top; None leaves it to the minutes.
@@ -85,6 +87,7 @@ class Trainer(lightning.Trainer):
         *,
         threads: int | str,
         channels_last: bool,
+        weight_ema: float | None,
         patience: int | None,
         checkpoint_minutes: float,
         checkpoint_steps: int | None,
@@ -94,6 +97,7 @@ class Trainer(lightning.Trainer):
         if not (threads == "auto" or (isinstance(threads, int) and threads >= 1)):
             raise UserError(f"trainer.threads={threads} is neither a positive number nor auto")
         self.threads, self.channels_last, self.patience = threads, channels_last, patience
+        self.weight_ema = weight_ema
         self.checkpoint_minutes, self.checkpoint_steps = checkpoint_minutes, checkpoint_steps
         chosen: Any = auto_precision() if precision == "auto" else precision
         super().__init__(

@@ -120,6 +120,9 @@ class TinyModule(nn.Module):
     def features(self, image):
         return self.cam_layer(image).mean((2, 3))
 
+    def feature_size(self):
+        return 6
+
     def forward(self, image):
         return self.classify(self.features(image))
 
@@ -134,12 +137,14 @@ def test_configured_losses(name, batch):
     batch |= {
         "image": torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
         "soft": nn.functional.one_hot(batch["label"], 7).float(),
+        "valence_arousal": torch.rand(32, 2, generator=torch.Generator().manual_seed(3)) * 2 - 1,
     }
     values = []
     for enabled in (False, True):
         module, loss = TinyModule(), load(name)
         assert isinstance(loss, ExpressionLoss)
         loss.setup(COUNTS)
+        loss.attach(module)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             value, logits = loss.objective(module, batch)
         assert logits.shape == (32, 7)

@@ -43,11 +43,14 @@ class ExpressionModule(LightningModule, abc.ABC):
     Attributes:
         leaky: a sentence when predictions of an image depend on the other images of its batch, else None; stamped on
             every result.
+        takes_mixed: whether the loss takes images blended by mixup or cutmix; False where it needs one class, or
+            regions, of each image.
         weights: where the initial weights came from (``random``, ``timm/...``); recorded in every result.
     """
 
     network: nn.Module
     leaky: str | None = None
+    takes_mixed: bool = True
     weights: str = "random"
 
     def __init__(
@@ -87,6 +90,15 @@ class ExpressionModule(LightningModule, abc.ABC):
         logits: Tensor = self.network.get_submodule("classifier")(features)
         return logits
 
+    def feature_size(self) -> int:
+        """D of `features`, found by asking for those of one blank image."""
+        device = next(self.parameters()).device
+        was_training = self.training
+        with torch.no_grad():
+            size = self.eval().features(torch.zeros(1, 3, self.image_size, self.image_size, device=device)).shape[1]
+        self.train(was_training)
+        return size
+
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised -> (B, K) logits."""
         logits: Tensor = self.network(image)
@@ -96,9 +108,10 @@ class ExpressionModule(LightningModule, abc.ABC):
         """Mean loss of a batch and its (B, K) logits."""
         return self.loss_function.objective(self, batch)
 
-    def parameter_groups(self) -> list[dict[str, Any]] | list[nn.Parameter]:
-        """Trainable parameters, or groups with their own ``lr_scale`` or ``weight_decay``, for the optimiser."""
-        return [p for p in self.parameters() if p.requires_grad]
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The module's parameters without its loss's, in groups with their own ``lr_scale``, for the optimiser."""
+        own = (p for name, p in self.named_parameters() if not name.startswith("loss_function."))
+        return [{"params": list(own)}]
 
     # -- the shared step ------------------------------------------------------------------------------------------
 
@@ -168,10 +181,11 @@ class ExpressionModule(LightningModule, abc.ABC):
     # -- optimiser and checkpoint ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Tell the loss how often each class occurs in the training part."""
+        """Tell the loss how often each class occurs in the training part, and what it is attached to."""
         if stage == "fit":
             counts = self.trainer.datamodule.class_counts("train")  # type: ignore[attr-defined]
             self.loss_function.setup(torch.as_tensor(counts))
+            self.loss_function.attach(self)
 
     def configure_optimizers(self) -> Any:
         """Build optimiser and schedule from the injected recipe.
@@ -184,7 +198,8 @@ class ExpressionModule(LightningModule, abc.ABC):
         limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         steps = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
-        return self.optim.configure(self.parameter_groups(), steps_per_epoch=steps, max_epochs=trainer.max_epochs or 1)
+        groups = [*self.parameter_groups(), {"params": list(self.loss_function.parameters())}]
+        return self.optim.configure(groups, steps_per_epoch=steps, max_epochs=trainer.max_epochs or 1)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip as the recipe says; the paper's value belongs with its optimiser."""

@@ -101,6 +101,7 @@ class DAN(ExpressionModule):
     """
 
     network: DANNetwork
+    takes_mixed = False  # the affinity loss pulls towards one class
 
     def __init__(
         self,

@@ -1,16 +1,18 @@
 """Losses that look at features besides logits; each adds a weighted term to an injected classification loss."""
 
 import abc
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import smooth_l1_loss
 
 from fer.errors import UserError
 from fer.models.losses import Batch, Classifier, ExpressionLoss
 
 
-class FeatureLoss(ExpressionLoss, abc.ABC):
-    """``classification + weight * term(features, label)``, in training and wherever the loss is asked for."""
+class AuxiliaryLoss(ExpressionLoss):
+    """``classification + weight * another term``, the term needing more of the module than its logits."""
 
     def __init__(self, classification: ExpressionLoss, weight: float) -> None:
         super().__init__()
@@ -21,10 +23,6 @@ class FeatureLoss(ExpressionLoss, abc.ABC):
         """Hand the counts to the classification loss."""
         self.classification.setup(class_counts)
 
-    @abc.abstractmethod
-    def term(self, features: Tensor, label: Tensor, num_classes: int) -> Tensor:
-        """The scalar added for float32 features (B, D)."""
-
     def forward(self, logits: Tensor, batch: Batch) -> Tensor:
         """Refuse: logits alone are not enough.
 
@@ -32,6 +30,14 @@ class FeatureLoss(ExpressionLoss, abc.ABC):
             UserError: Always; the model computes its loss from logits alone.
         """
         raise UserError(f"loss {type(self).__name__} needs features, which this model's own loss does not give it")
+
+
+class FeatureLoss(AuxiliaryLoss, abc.ABC):
+    """An auxiliary loss whose term is one of the features and labels of the batch."""
+
+    @abc.abstractmethod
+    def term(self, features: Tensor, label: Tensor, num_classes: int) -> Tensor:
+        """The scalar added for float32 features (B, D)."""
 
     def objective(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
         """One pass through the module, its features shared by both terms."""
@@ -137,7 +143,7 @@ class LocalityPreserving(FeatureLoss):
         return 0.5 * apart.mean()
 
 
-class FlipConsistency(ExpressionLoss):
+class FlipConsistency(AuxiliaryLoss):
     """Attention consistency under flips (EAC): Zhang et al., ECCV 2022, arXiv 2207.10299.
 
     ``classification + weight * mean (CAM(x) - flip CAM(flip x))^2``, CAM being the class scores of each position of the
@@ -145,13 +151,8 @@ class FlipConsistency(ExpressionLoss):
     """
 
     def __init__(self, classification: ExpressionLoss, weight: float) -> None:
-        super().__init__()
-        self.classification = classification
-        self.weight = weight
-
-    def setup(self, class_counts: Tensor) -> None:
-        """Hand the counts to the classification loss."""
-        self.classification.setup(class_counts)
+        super().__init__(classification, weight)
+        self.takes_mixed = classification.takes_mixed
 
     def objective(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
         """Two passes, of the images and of their mirror images.
@@ -181,3 +182,74 @@ def _class_activation(module: Classifier, image: Tensor) -> tuple[Tensor, Tensor
     positions = seen[0].permute(0, 2, 3, 1)
     scores = module.classify(positions.flatten(0, 2))
     return module.classify(features), scores.view(*positions.shape[:3], -1)
+
+
+class MultiTask(AuxiliaryLoss):
+    """Valence and arousal beside the expression: Kollias and Zafeiriou, BMVC 2019, arXiv 1910.04855.
+
+    One linear layer on the features predicts both; it serves the training alone and is left out of the predictions.
+
+    Args:
+        classification: Loss of the expression.
+        weight: Of the regression.
+        regression: ``concordance``, 1 minus the mean concordance correlation coefficient over the batch's annotated
+            images; ``smooth_l1``, their mean smooth absolute error.
+    """
+
+    def __init__(
+        self, classification: ExpressionLoss, weight: float, regression: Literal["concordance", "smooth_l1"]
+    ) -> None:
+        super().__init__(classification, weight)
+        if regression not in ("concordance", "smooth_l1"):
+            raise UserError(f"loss.regression={regression} is not one of concordance, smooth_l1")
+        self.regression = regression
+        self.takes_mixed = classification.takes_mixed
+        self.head: nn.Linear | None = None
+
+    def attach(self, module: Classifier) -> None:
+        """Make the layer, unless a checkpoint brought it."""
+        if self.head is None:
+            self.head = nn.Linear(module.feature_size(), 2)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        """Take the layer's size from the checkpoint, for whoever loads one without training."""
+        if f"{prefix}head.weight" in state_dict and self.head is None:
+            self.head = nn.Linear(state_dict[f"{prefix}head.weight"].shape[1], 2)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def objective(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One pass; images without annotation, NaN, count for the expression alone.
+
+        Raises:
+            UserError: The data set has no valence and arousal.
+        """
+        if "valence_arousal" not in batch:
+            raise UserError(
+                "loss=multi_task needs valence and arousal, which this data set does not have: "
+                "use data=affectnet, or loss=cross_entropy"
+            )
+        if self.head is None:
+            raise RuntimeError("attach(module) must come before a multi-task loss")
+        features = module.features(batch["image"])
+        logits = module.classify(features)
+        annotated = batch["valence_arousal"].isfinite().all(1)
+        predicted = self.head(features).float()[annotated]
+        truth = batch["valence_arousal"][annotated]
+        if self.regression == "concordance":
+            term = 1 - concordance(predicted, truth).mean()
+        else:
+            term = smooth_l1_loss(predicted, truth, reduction="sum") / max(truth.numel(), 1)
+        return self.classification(logits, batch) + self.weight * term, logits
+
+
+def concordance(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Concordance correlation coefficient, Lin 1989, of each column of two (N, C) tensors; 0 for less than two rows.
+
+    2 cov / (var_1 + var_2 + (mean_1 - mean_2)^2), with the variances over N.
+    """
+    if len(truth) < 2:
+        return 0 * predicted.sum(0)
+    apart = predicted.mean(0) - truth.mean(0)
+    a, b = predicted - predicted.mean(0), truth - truth.mean(0)
+    spread = a.square().mean(0) + b.square().mean(0) + apart.square()
+    return 2 * (a * b).mean(0) / spread.clamp_min(1e-8)

@@ -29,12 +29,25 @@ class Classifier(Protocol):
     def classify(self, features: Tensor) -> Tensor:
         """(B, D) -> logits (B, K)."""
 
+    def feature_size(self) -> int:
+        """D."""
+
 
 class ExpressionLoss(nn.Module, abc.ABC):
-    """A loss over a batch: ``forward(logits (B, K), batch) -> scalar``."""
+    """A loss over a batch: ``forward(logits (B, K), batch) -> scalar``.
+
+    Attributes:
+        takes_mixed: whether it takes ``target`` (B, K) in the batch, the shares of the classes of images blended by
+            mixup or cutmix, instead of ``label`` (B,).
+    """
+
+    takes_mixed: bool = False
 
     def setup(self, class_counts: Tensor) -> None:
         """Learn the training part's images per class, (K,); most losses need none."""
+
+    def attach(self, module: Classifier) -> None:
+        """Make what depends on the size of the module's features, before there is an optimiser; most need nothing."""
 
     @abc.abstractmethod
     def forward(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -47,6 +60,11 @@ class ExpressionLoss(nn.Module, abc.ABC):
         return loss, logits
 
 
+def target_of(batch: Batch) -> Tensor:
+    """What `torch.nn.functional.cross_entropy` takes: shares of classes (B, K) of mixed images, else labels (B,)."""
+    return batch["target"] if "target" in batch else batch["label"]
+
+
 class CrossEntropy(ExpressionLoss):
     """Softmax cross-entropy: -log softmax(z)_y.
 
@@ -56,6 +74,7 @@ class CrossEntropy(ExpressionLoss):
             square root of it.
     """
 
+    takes_mixed = True
     weight: Tensor | None
 
     def __init__(self, label_smoothing: float, class_weights: Literal["none", "balanced", "sqrt"]) -> None:
@@ -74,16 +93,21 @@ class CrossEntropy(ExpressionLoss):
         """Mean over the batch, weighted by class if asked."""
         if self.power > 0 and self.weight is None:
             raise RuntimeError("setup(class_counts) must come before a class-weighted loss")
-        return F.cross_entropy(
-            logits.float(),
-            batch["label"],
-            self.weight,
-            label_smoothing=self.label_smoothing,
-        )
+        target = target_of(batch)
+        loss = F.cross_entropy(logits.float(), target, self.weight, label_smoothing=self.label_smoothing)
+        if target.ndim == 2 and self.weight is not None:
+            # torch divides by the weights of labels, but by the number of images where it is given shares.
+            loss = loss * len(target) / (target @ self.weight).sum()
+        return loss
 
 
 class Focal(ExpressionLoss):
-    """Focal loss, Lin et al., arXiv 1708.02002: -(1 - p_y)^gamma log p_y; gamma 0 is cross-entropy."""
+    """Focal loss, Lin et al., arXiv 1708.02002: -(1 - p_y)^gamma log p_y; gamma 0 is cross-entropy.
+
+    Of mixed images, the mean over the classes weighted by their shares.
+    """
+
+    takes_mixed = True
 
     def __init__(self, gamma: float) -> None:
         super().__init__()
@@ -91,9 +115,14 @@ class Focal(ExpressionLoss):
 
     def forward(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean over the batch."""
-        log_p = logits.float().log_softmax(1).gather(1, batch["label"][:, None]).squeeze(1)
+        log_p = logits.float().log_softmax(1)
+        if "target" not in batch:
+            return self._each(log_p.gather(1, batch["label"][:, None])).mean()
+        return (batch["target"] * self._each(log_p)).sum(1).mean()
+
+    def _each(self, log_p: Tensor) -> Tensor:
         # 1 - p through expm1, so that confident images keep a gradient that is exact.
-        return -((-log_p.expm1()).pow(self.gamma) * log_p).mean()
+        return -((-log_p.expm1()).pow(self.gamma) * log_p)
 
 
 class ClassBalanced(ExpressionLoss):
@@ -103,6 +132,7 @@ class ClassBalanced(ExpressionLoss):
     number.
     """
 
+    takes_mixed = True
     weight: Tensor | None
 
     def __init__(self, beta: float) -> None:
@@ -121,12 +151,13 @@ class ClassBalanced(ExpressionLoss):
         """Mean over the batch of weight times cross-entropy."""
         if self.weight is None:
             raise RuntimeError("setup(class_counts) must come before a class-balanced loss")
-        each = F.cross_entropy(logits.float(), batch["label"], reduction="none")
-        return (self.weight[batch["label"]] * each).mean()
+        return F.cross_entropy(logits.float(), target_of(batch), self.weight, reduction="none").mean()
 
 
 class SoftCrossEntropy(ExpressionLoss):
     """Cross-entropy to a distribution of votes, Barsoum et al., arXiv 1608.01041: -sum_k q_k log p_k."""
+
+    takes_mixed = True  # mixing blends the votes as it does the labels
 
     def forward(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean over the batch.

@@ -210,6 +210,7 @@ class MultiscaleRegion(ExpressionModule):
             body, self.num_classes, self.image_size, rois == "detector", width, proposals, score, dropout
         )
         self.gamma, self.detector_epochs = gamma, detector_epochs
+        self.takes_mixed = rois == "none"  # a blend of two faces has no regions
 
     @property
     def cam_layer(self) -> nn.Module:
