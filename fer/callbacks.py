@@ -48,11 +48,19 @@ class Randomness(Callback):
         torch.manual_seed(self.seed * 1_000_000_007 + trainer.global_step)
 
 
-def save_confusion(folder: RunFolder, part: str, counts: Array, class_names: list[str], title: str) -> None:
+def stamps_of(data: ExpressionDataModule, module: ExpressionModule) -> list[str]:
+    """Sentences every table and picture of a run must carry."""
+    return [*data.split.stamps, *([module.leaky] if module.leaky else [])]
+
+
+def save_confusion(
+    folder: RunFolder, part: str, counts: Array, class_names: list[str], title: str, stamps: list[str]
+) -> None:
     """Write ``confusion_<part>.json`` and ``.png``."""
-    record = {"part": part, "class_names": class_names, "counts": counts.tolist(), "rows": "labels"}
+    record = {"part": part, "class_names": class_names, "counts": counts.tolist(), "rows": "labels", "stamps": stamps}
     write_json(folder.path / f"confusion_{part}.json", record)
-    confusion_figure(counts, class_names, title).savefig(folder.path / f"confusion_{part}.png", dpi=120)
+    figure = confusion_figure(counts, class_names, title, stamps)
+    figure.savefig(folder.path / f"confusion_{part}.png", dpi=120)
 
 
 class Recorder(Checkpoint):
@@ -146,8 +154,10 @@ class Recorder(Checkpoint):
             with self.average.in_place(module) if self.average else contextlib.nullcontext():
                 trainer.save_checkpoint(self.folder.best, weights_only=True)
             counts = module.tally("val").confusion_matrix()
-            title = f"validation, epoch {self.best_epoch + 1}: mean class accuracy {100 * value:.2f} %"
-            save_confusion(self.folder, "val", counts, module.class_names, title)
+            data = _data_of(trainer)
+            part = "validation" if data.split.selected_on == "val" else "test part, where the epoch is chosen"
+            title = f"{part}, epoch {self.best_epoch + 1}: mean class accuracy {100 * value:.2f} %"
+            save_confusion(self.folder, "val", counts, module.class_names, title, stamps_of(data, module))
         write_text(self.folder.path / "metrics.csv", pd.DataFrame(self.history).to_csv(index=False))
         self._save_last(trainer)
 
@@ -199,9 +209,8 @@ class Predictions(Callback):
         write_text(self.folder.predictions, table.to_csv(index=False, float_format="%.9g"))
         counts = module.tally("test").confusion_matrix()
         accuracy = 100 * counts.trace() / max(counts.sum(), 1)
-        save_confusion(
-            self.folder, "test", counts, data.class_names, f"test: accuracy {accuracy:.2f} %, n = {counts.sum()}"
-        )
+        title = f"test: accuracy {accuracy:.2f} %, n = {counts.sum()}"
+        save_confusion(self.folder, "test", counts, data.class_names, title, stamps_of(data, module))
 
 
 class WandbPictures(Callback):

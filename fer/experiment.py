@@ -4,7 +4,6 @@ import gc
 import logging
 import math
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from fer.callbacks import MONITOR, Predictions, Randomness, Recorder, WandbPictures, measure_flops
+from fer.callbacks import MONITOR, Predictions, Randomness, Recorder, WandbPictures, measure_flops, stamps_of
 from fer.config import argument_problems, unsafe_entries
 from fer.data.base import ExpressionDataModule
 from fer.data.manifest import PARTS
@@ -39,12 +38,13 @@ REASONS_SHOWN = 5  # reasons for leaving items out, the commonest first; split.j
 RUN_KEYS = ("data", "model", "mix", "trainer")  # instantiated by this file; `loss` ... reach them by interpolation
 
 
-def run_experiment(config: DictConfig, folder_path: Path, resumed: bool = False) -> float:
+def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", resumed: bool = False) -> float:
     """Train, test once on the validation-best checkpoint, and write everything into the run folder.
 
     Args:
         config: composed config (``conf/train.yaml``).
         folder_path: the run folder; an unfinished run of the same job key in it is continued.
+        command: what starts this run again, for the record; a resumed run has it.
         resumed: the config is the folder's own, so the folder's run is continued whatever the code version.
 
     Returns:
@@ -76,7 +76,7 @@ def run_experiment(config: DictConfig, folder_path: Path, resumed: bool = False)
     if resumed and folder.status().get("code") != code_version():
         log.warning("the code has changed since this run was started; the results say so")
     run_id = folder.status().get("wandb_id") or uuid.uuid4().hex[:8]
-    command = folder.status().get("command") or shlex.join(["python", "-m", "fer.train", *sys.argv[1:]])
+    command = folder.status().get("command") or command
     folder.set_status("running", job_key=key, wandb_id=run_id, command=command, code=code_version())
     write_json(
         folder.path / "split.json",
@@ -176,9 +176,11 @@ def _train_and_test(
         default_root_dir=str(folder.path),
     )
     assert isinstance(trainer, Trainer)
+    stamps = stamps_of(data, module)
     for logger in loggers:
         if not unfinished:
-            logger.experiment.config.update(plain)
+            split = {key: facts[key] for key in ("split", "fold", "selected_on")}
+            logger.experiment.config.update({**plain, **split, "stamps": stamps})
     if trainer.channels_last:
         module = module.to(memory_format=torch.channels_last)
     threads = _set_threads(trainer, module, data)
@@ -203,13 +205,13 @@ def _train_and_test(
         "val": {k.removeprefix("val/"): v for k, v in best.items() if k.startswith("val/")},
         "test": module.tally("test").scores(module.class_names),
     }
-    stamps = [*facts["stamps"], *([module.leaky] if module.leaky else [])]
     results = {
         "name": plain["name"],
         "model": plain["model_name"],
         "data": plain["data_name"],
         "protocol": plain["protocol"],
-        "fold": plain["protocol"].get("fold"),
+        "protocol_name": plain["protocol_name"],
+        "fold": facts["fold"],
         "seed": plain["seed"],
         "classes": data.class_names,
         "n": facts["n"],
@@ -284,9 +286,13 @@ def print_data(facts: dict[str, Any]) -> None:
         counts = facts["counts"][part]
         table.add_row(part, *(f"{counts[c]:,}" for c in classes), f"{facts['n'][part]:,}")
     console.print(table)
+    console.print(f"  split: {facts['split']}", highlight=False)
     notes = [f"differs from the official counts: {line}" for line in facts["count_differences"]]
-    notes += [f"{what}: {n} (pixel-identical)" for what, n in facts["copies"].items() if n]
-    notes += [f"{n} subjects in both {where}" for where, n in facts["shared_subjects"].items()]
+    before, after = facts["copies_before_drop_leaks"], facts["copies"]
+    notes += [
+        f"pixel-identical before -> after protocol.drop_leaks={str(facts['drop_leaks']).lower()}: "
+        + ", ".join(f"{what} {before[what]:,} -> {after[what]:,}" for what in before)
+    ]
     notes += [f"left out: {n:,} ({why})" for why, n in list(facts["skipped"].items())[:REASONS_SHOWN]]
     for note in (*notes, *facts["warnings"], *facts["stamps"]):
         console.print(f"  note: {note}", highlight=False)
@@ -296,13 +302,15 @@ def print_summary(results: dict[str, Any], folder: RunFolder) -> None:
     """The table at the end of a run."""
     console = _console()
     test, val = results["metrics"]["test"], results["metrics"]["val"]
-    title = f"{results['model']} on {results['data']}, seed {results['seed']}"
+    fold = "" if results["fold"] is None else f", fold {results['fold']}"
+    title = f"{results['model']} on {results['data']}{fold}, seed {results['seed']}"
+    chosen = "validation" if results["selected_on"] == "val" else "chosen on test"
     table = Table(
         title=title, title_justify="left", show_header=True, header_style="bold", box=None, padding=(0, 2, 0, 0)
     )
     table.add_column("")
     table.add_column(f"test, n = {results['n']['test']:,}", justify="right")
-    table.add_column(f"validation, epoch {results['best_epoch'] + 1}", justify="right")
+    table.add_column(f"{chosen}, epoch {results['best_epoch'] + 1}", justify="right")
     rows = [
         ("accuracy", "acc"),
         ("mean class accuracy", "mean_acc"),

@@ -28,7 +28,8 @@ from fer.data.images import BadImage, read_image
 from fer.data.loaders import EpochSampler, Order, ResidentLoader, StoreDataset, WorkerLoader
 from fer.data.manifest import PARTS, Array, Manifest, Part
 from fer.data.places import PLACES, relative
-from fer.data.splits import PAIRS, Protocol, Split
+from fer.data.protocols import Protocol
+from fer.data.splits import Split
 from fer.data.store import Store, open_store, stat_fingerprint
 from fer.data.transforms import TTA_VIEWS, Augment, Finish, PerImage
 from fer.errors import UserError
@@ -237,14 +238,20 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         """(K,) images per class of one part, in the order of ``class_names``."""
         return np.bincount(self.label[self.split.part(part)], minlength=len(self.class_names))
 
+    def face_sizes(self, part: Part) -> Array:
+        """(N, 2) widths and heights of a part's known faces in pixels of the network's input, not augmented."""
+        fields = self._fields()
+        keys = [key for key in ("face_boxes", "box") if key in fields]
+        if not keys:
+            return np.empty((0, 2), dtype=np.float32)
+        # A box's half sides, where the image reaches from -1 to 1, are its sides as shares of the image.
+        share = fields[keys[0]][self.split.part(part)][..., 2:].reshape(-1, 2) / self.augment.crop_pct
+        return np.minimum(share[np.isfinite(share).all(1)], 1) * self.image_size
+
     def facts(self) -> dict[str, Any]:
         """What ``split.json`` and the results record about the data: counts, differences, leaks, stamps."""
-        manifest, copies = self.store.manifest, self.store.copies
+        manifest = self.store.manifest
         counts = {part: dict(zip(self.class_names, map(int, self.class_counts(part)), strict=True)) for part in PARTS}
-        leaks = {}
-        for a, b in PAIRS:
-            n = int(np.isin(copies[self.split.part(b)], copies[self.split.part(a)]).sum())
-            leaks[f"{b} images also in {a}"] = n
         return {
             "data": self.title,
             "form": manifest.form,
@@ -252,8 +259,13 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
             "n": {part: len(rows) for part, rows in self.split.parts()},
             "count_differences": manifest.count_differences(),
             "skipped": dict(Counter(why for _, why in (*manifest.skipped, *self.store.bad)).most_common()),
-            "copies": leaks,
-            "shared_subjects": self.split.shared_people(manifest),
+            "split": self.split.rule,
+            "fold": self.split.fold,
+            "drop_leaks": self.protocol.drop_leaks,
+            "copies_before_drop_leaks": self.split.copies_before,
+            "copies": self.split.copied(self.store.copies),
+            "shared_subjects": self.split.shared(manifest.subject),
+            "shared_sequences": self.split.shared(manifest.sequence),
             "subjects": None if manifest.subject is None else len(np.unique(manifest.subject)),
             "warnings": list(manifest.warnings),
             "selected_on": self.split.selected_on,
@@ -309,7 +321,8 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         train, trainer = part == "train", self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         batch_size = self.batch_size if train else self.eval_batch_size
-        return EpochSampler(self._order(part), batch_size, drop_last=train, rank=rank, world_size=world)
+        passes = self.augment.crops_per_image if train else 1
+        return EpochSampler(self._order(part), batch_size, drop_last=train, rank=rank, world_size=world, passes=passes)
 
     def train_batches(self) -> int:
         """Batches of a training epoch on each device."""

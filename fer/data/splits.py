@@ -1,24 +1,26 @@
-"""Protocols: which images train, which choose the epoch, which are read once at the end.
+"""Splits: which images train, which choose the epoch, which are read once at the end; and how images are divided.
 
-A protocol turns a manifest into a `Split`. It never looks at pixels or models, draws only from its own
-``split_seed`` (so that another training seed keeps the split), and keeps the frames of a person, the frames of a
-sequence and the copies of an image on one side. The checks in `Split.check` run on every split, the default's included.
+A `Split` is what a protocol (`fer.data.protocols`) makes of a manifest. Dividing never looks at pixels, models, the
+order of rows or the order of classes: `groups_of` says what must stay on one side, `stratified_folds` deals it out.
 """
 
-import dataclasses
 import hashlib
-from abc import ABC, abstractmethod
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from fer.data.manifest import PARTS, Array, Manifest, Part
 from fer.errors import UserError
 
 PAIRS: tuple[tuple[Part, Part], ...] = (("train", "val"), ("train", "test"), ("val", "test"))
+_UNITS = {"subject": "people", "sequence": "sequences", "image": "different images"}
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,22 @@ class Split:
     """Rows of the manifest in each part.
 
     Attributes:
-        train, val, test: sorted int64 rows.
+        train, val, test: sorted int64 rows; ``val`` is ``test`` where the epoch is chosen on the test part.
+        rule: in words, what made this split; printed and recorded.
+        fold: number of the fold held out, None where there are no folds.
         selected_on: the part that chooses the epoch; anything but ``val`` is stamped on every result.
         stamps: sentences every table must carry beside a figure made with this split.
+        copies_before: `copied` before leaks were dropped from train.
     """
 
     train: Array
     val: Array
     test: Array
+    rule: str
+    fold: int | None = None
     selected_on: str = "val"
     stamps: tuple[str, ...] = ()
+    copies_before: dict[str, int] = field(default_factory=dict)
 
     def part(self, name: Part) -> Array:
         """Rows of one part by name."""
@@ -45,6 +53,11 @@ class Split:
     def parts(self) -> Iterator[tuple[Part, Array]]:
         """Name and rows of each part."""
         return ((name, self.part(name)) for name in PARTS)
+
+    @property
+    def pairs(self) -> tuple[tuple[Part, Part], ...]:
+        """Pairs of different parts; val is no part of its own where the epoch is chosen on test."""
+        return PAIRS if self.selected_on == "val" else (("train", "test"),)
 
     def fingerprint(self, manifest: Manifest) -> str:
         """Hash of which items are in which part, independent of the manifest's row order."""
@@ -62,154 +75,106 @@ class Split:
         for name, rows in self.parts():
             if not len(rows):
                 raise UserError(f"the {name} part is empty: choose another protocol (protocol=holdout cuts all parts)")
-        for a, b in PAIRS:
+        for a, b in self.pairs:
             shared = np.intersect1d(self.part(a), self.part(b))
-            if len(shared) and not (self.selected_on == "test" and (a, b) == ("val", "test")):
+            if len(shared):
                 raise UserError(f"{manifest.item[shared[0]]} and {len(shared) - 1} more stand in both {a} and {b}")
 
-    def shared_people(self, manifest: Manifest) -> dict[str, int]:
-        """Subjects that occur in two parts, ``{"train/test": 3}``; empty when disjoint or unknown."""
-        out = {}
-        if manifest.subject is not None:
-            for a, b in PAIRS:
-                n = len(np.intersect1d(manifest.subject[self.part(a)], manifest.subject[self.part(b)]))
-                if n:
-                    out[f"{a}/{b}"] = n
-        return out
+    def shared(self, values: Array | None) -> dict[str, int]:
+        """How many of the (N,) values, people or sequences, occur in two parts: ``{"train/test": 3}``.
+
+        Empty when there are none, or when they are not known.
+        """
+        if values is None:
+            return {}
+        counts = {f"{a}/{b}": len(np.intersect1d(values[self.part(a)], values[self.part(b)])) for a, b in self.pairs}
+        return {pair: n for pair, n in counts.items() if n}
+
+    def copied(self, copies: Array) -> dict[str, int]:
+        """How many images of a part are pixel-identical to one of an earlier part.
+
+        Args:
+            copies: (N,) id of each image's pixels.
+
+        Returns:
+            ``{"test images also in train": 288}`` for every pair of parts.
+        """
+        return {
+            f"{b} images also in {a}": int(np.isin(copies[self.part(b)], copies[self.part(a)]).sum())
+            for a, b in self.pairs
+        }
 
 
-def groups_of(manifest: Manifest, copies: Array) -> tuple[Array, bool]:
-    """What must stay on one side: people where known, else sequences, else copies of an image.
+def groups_of(manifest: Manifest, copies: Array, by: str) -> tuple[Array, str]:
+    """What must stay on one side: people and sequences where known, else copies of an image.
 
     Args:
         manifest: N images.
         copies: (N,) id of each image's pixels; equal ids are pixel-identical images.
+        by: ``auto``, or ``image`` to disregard people and sequences.
 
     Returns:
-        (N,) integer group ids, and whether they are people or sequences (large, mixed groups).
+        (N,) group ids, numbered by item name so that neither row order nor pixel values decide them, and what a group
+        is: ``subject``, ``sequence`` or ``image``.
     """
-    names = manifest.subject if manifest.subject is not None else manifest.sequence
-    if names is not None:
-        return np.unique(names, return_inverse=True)[1], True
-    return np.unique(copies, return_inverse=True)[1], False
+    known = [values for values in (manifest.subject, manifest.sequence) if values is not None and by == "auto"]
+    order = np.argsort(manifest.item, kind="stable")
+    ids = [pd.factorize(values[order])[0] for values in known or [copies]]
+    if len(ids) == 2:
+        # A video of two people ties them together, so groups are what people and sequences connect.
+        n = int(ids[0].max(initial=-1)) + 1
+        size = n + int(ids[1].max(initial=-1)) + 1
+        edges = coo_array((np.ones(len(order)), (ids[0], n + ids[1])), shape=(size, size))
+        ids = [connected_components(edges, directed=False)[1][ids[0]]]
+    group = np.empty(len(order), dtype=np.int64)
+    group[order] = ids[0]
+    return group, "image" if not known else "sequence" if manifest.subject is None else "subject"
 
 
-def stratified_folds(label: Array, group: Array, large_groups: bool, folds: int, seed: int) -> Array:
-    """Fold number of each image: stratified by label, a group never divided.
+def stratified_folds(manifest: Manifest, rows: Array, group: Array, kind: str, folds: int, seed: int) -> Array:
+    """Fold of each of ``rows``: stratified by class name, a group never divided.
+
+    A pure function of the rows' items, class names and groups and of the seed. A fold may lack a class.
 
     Args:
-        label: (N,) class indices.
-        group: (N,) group ids.
-        large_groups: groups are people or sequences (each holds several classes) rather than copies of one image.
+        manifest: N images.
+        rows: (M,) the images to deal out.
+        group: (N,) group ids of `groups_of`.
+        kind: what a group is; people and sequences are large and hold several classes, copies of an image are not.
         folds: number of folds, at least 2.
         seed: the split seed.
 
+    Returns:
+        (M,) int64 from 0 to ``folds - 1``.
+
     Raises:
-        UserError: fewer groups than folds, or a class with fewer images than folds.
+        UserError: fewer groups than folds, or no class with an image for each fold.
     """
-    unique, first = np.unique(group, return_index=True)
+    # The position of a class's name in the alphabet: its index means nothing.
+    label = np.unique(manifest.class_names, return_inverse=True)[1][manifest.label[rows]]
+    by_group = np.lexsort((label, group[rows]))
+    unique, first, inverse = np.unique(group[rows][by_group], return_index=True, return_inverse=True)
     if len(unique) < folds:
         raise UserError(
-            f"{folds} folds need at least {folds} people or images, found {len(unique)}: lower protocol.folds"
+            f"{folds} folds need at least {folds} {_UNITS[kind]}, found {len(unique)}: lower protocol.folds, or cut "
+            "larger parts (protocol.val_fraction, protocol.test_fraction)"
         )
-    fold = np.empty(len(label), dtype=np.int64)
-    splitter: Any
-    if large_groups:
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        for k, (_, held) in enumerate(splitter.split(label, label, group)):
-            fold[held] = k
-        return fold
-    # Copies of an image nearly always share a label, so stratifying the groups by their first label is exact enough
-    # and, unlike StratifiedGroupKFold, quick on hundreds of thousands of images.
-    if np.bincount(label[first]).max() < folds:
-        raise UserError(f"no class has {folds} different images: lower protocol.folds or protocol.val_fraction")
-    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    fold_of_group = np.empty(len(unique), dtype=np.int64)
-    for k, (_, held) in enumerate(splitter.split(unique, label[first])):
-        fold_of_group[held] = k
-    return fold_of_group[np.searchsorted(unique, group)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol(ABC):
-    """Base of all protocols.
-
-    Attributes:
-        split_seed: seed of every random choice of the split.
-        drop_leaks: remove training images that are pixel-identical to a validation or test image.
-    """
-
-    split_seed: int
-    drop_leaks: bool
-
-    @abstractmethod
-    def parts(self, manifest: Manifest, copies: Array, usable: Array) -> Split:
-        """Cut the ``usable`` rows; ``copies`` as in `groups_of`."""
-
-    def split(self, manifest: Manifest, copies: Array, usable: Array) -> Split:
-        """The checked split of a manifest.
-
-        Args:
-            manifest: N images.
-            copies: (N,) id of each image's pixels.
-            usable: (N,) bool, False for images that cannot be read.
-        """
-        split = self.parts(manifest, copies, np.flatnonzero(usable))
-        if self.drop_leaks:
-            leaks = np.isin(copies[split.train], copies[np.concatenate([split.val, split.test])])
-            split = dataclasses.replace(
-                split,
-                train=split.train[~leaks],
-                stamps=(*split.stamps, f"{leaks.sum()} leaked copies left out of train"),
-            )
-        split.check(manifest)
-        return split
-
-    def _cut(self, manifest: Manifest, copies: Array, rows: Array, fraction: float) -> tuple[Array, Array]:
-        """Cut about ``fraction`` of ``rows`` off: (kept, cut), both sorted."""
-        if not 0 < fraction <= 0.5:
-            raise UserError(f"protocol fractions lie in (0, 0.5], got {fraction}")
-        group, large = groups_of(manifest, copies)
-        fold = stratified_folds(manifest.label[rows], group[rows], large, round(1 / fraction), self.split_seed)
-        return rows[fold != 0], rows[fold == 0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Official(Protocol):
-    """The data set's own parts; a missing validation part is cut from train.
-
-    Attributes:
-        val_fraction: share of train that becomes the validation part where the data set has none.
-    """
-
-    val_fraction: float
-
-    def parts(self, manifest: Manifest, copies: Array, usable: Array) -> Split:
-        """Official parts. Raises UserError where the data set has no official test part."""
-        train, val, test = (usable[manifest.split[usable] == part] for part in PARTS)
-        if not len(test):
-            raise UserError(f"{manifest.form} has no official test part: use protocol=holdout or protocol=kfold")
-        if not len(val):
-            train, val = self._cut(manifest, copies, train, self.val_fraction)
-        return Split(train, val, test)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Holdout(Protocol):
-    """Validation and test cut from all images, whatever the official parts are; people never shared.
-
-    Attributes:
-        val_fraction: share of what remains after the test part.
-        test_fraction: share of all images.
-    """
-
-    val_fraction: float
-    test_fraction: float
-
-    def parts(self, manifest: Manifest, copies: Array, usable: Array) -> Split:
-        """A fresh three-way cut, stamped where it replaces an official one."""
-        rest, test = self._cut(manifest, copies, usable, self.test_fraction)
-        train, val = self._cut(manifest, copies, rest, self.val_fraction)
-        official = bool((manifest.split[usable] == "test").any())
-        stamps = ("own hold-out split, not comparable with the official one",) if official else ()
-        return Split(train, val, test, stamps=stamps)
+    # Copies of an image nearly always share a label, so stratifying them by the first one's is exact enough and, unlike
+    # StratifiedGroupKFold, quick on hundreds of thousands of images.
+    copies = kind == "image"
+    units = label[by_group][first] if copies else label[by_group]
+    if np.bincount(units).max() < folds:
+        raise UserError(
+            f"no class has an image for each of {folds} folds: lower protocol.folds, or cut larger parts "
+            "(protocol.val_fraction, protocol.test_fraction)"
+        )
+    splitter: Any = StratifiedKFold if copies else StratifiedGroupKFold
+    dealt = np.empty(len(units), dtype=np.int64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")  # the table of counts shows it
+        divided = splitter(folds, shuffle=True, random_state=seed).split(units, units, None if copies else inverse)
+        for k, (_, held) in enumerate(divided):
+            dealt[held] = k
+    fold = np.empty(len(rows), dtype=np.int64)
+    fold[by_group] = dealt[inverse] if copies else dealt
+    return fold
