@@ -65,19 +65,24 @@ def stat_fingerprint(root: Path) -> str:
 
     Content hashes would cost minutes at every start; this is enough to notice a changed source.
     """
-    digest, folders = hashlib.sha256(), [str(root)]
+    digest = hashlib.sha256()
+    folders, seen = [str(root)], set()
     while folders:
         folder = folders.pop()
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:  # a link back to a folder above
+            continue
+        seen.add((place.st_dev, place.st_ino))
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda e: e.name):
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
                     folders.append(entry.path)
-                else:
-                    stat = entry.stat()
-                    name = os.fsencode(entry.path[len(str(root)) :])
-                    digest.update(name + f"|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+                    continue
+                stat = entry.stat(follow_symlinks=entry.is_file())  # a broken link counts as itself
+                name = os.fsencode(entry.path[len(str(root)) :])
+                digest.update(name + f"|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
