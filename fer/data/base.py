@@ -255,6 +255,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         return {
             "data": self.title,
             "form": manifest.form,
+            "store": self.store.path.name,
             "counts": counts,
             "n": {part: len(rows) for part, rows in self.split.parts()},
             "count_differences": manifest.count_differences(),

@@ -1,0 +1,231 @@
+"""Reading run folders: what each run is, how it ended, and its test predictions in a few bytes per image."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from fer.errors import UserError
+from fer.metrics import Array, calibration_bins, confusion_counts
+from fer.runs import RunFolder, read_json
+
+BINS = 15  # of the reliability diagram, as in the results' ECE
+WRONG_KEPT = 64  # most confidently wrong images kept of each run
+SECTIONS = ("data", "model", "mix", "trainer")  # of the config; what a run is made of, everything else reaches these
+# Leaves that change where a run stands or how it is watched, not what it measures; `seed` and `fold` are the axes that
+# runs of one group differ in.
+NOT_SETTINGS = (
+    *("seed", "fold", "root", "cache", "num_workers", "accelerator", "threads", "enable_progress_bar"),
+    *("enable_model_summary", "checkpoint_minutes", "checkpoint_steps", "log_every_n_steps"),
+)
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Test predictions of one run, images in the order of their hashes.
+
+    Attributes:
+        image: (n,) uint64 hash of each image's item, ascending; the item is what people look an image up by.
+        label: (n,) class indices.
+        predicted: (n,) class indices.
+        confidence: (n,) float32 probability of the predicted class.
+        bins: (BINS, 3) calibration bins, see `fer.metrics.calibration_bins`.
+        wrong: the most confidently wrong images: hash, index, item, label, predicted, confidence.
+    """
+
+    image: Array
+    label: Array
+    predicted: Array
+    confidence: Array
+    bins: Array
+    wrong: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        path: the folder.
+        status: ``done``, ``failed``, ``interrupted``, ``running``, or ``damaged`` when its files cannot be believed.
+        error: why it failed or is damaged, empty otherwise.
+        config: the resolved config; empty when it cannot be read.
+        settings: `SECTIONS` of the config as dotted names, without `NOT_SETTINGS`.
+        results: ``results.json`` of a finished run, else empty.
+        answers: predictions of a finished run.
+    """
+
+    path: Path
+    status: str
+    error: str
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    results: dict[str, Any]
+    answers: Answers | None
+
+    @property
+    def model(self) -> str:
+        """The model's public name."""
+        return str(self.results.get("model") or self.config.get("model_name") or "unknown")
+
+    @property
+    def data(self) -> str:
+        """The data set's public name."""
+        return str(self.results.get("data") or self.config.get("data_name") or "unknown")
+
+    @property
+    def seed(self) -> int | None:
+        """The training seed."""
+        return self.config.get("seed")
+
+    @property
+    def fold(self) -> int | None:
+        """The fold, None where the protocol has none."""
+        return (self.config.get("protocol") or {}).get("fold")
+
+    @property
+    def stamps(self) -> tuple[str, ...]:
+        """Sentences that stand beside every figure of this run."""
+        stamps = tuple(map(str, self.results.get("stamps", ())))
+        part = self.results.get("selected_on", "val")
+        said = part == "val" or any("selected_on" in stamp for stamp in stamps)
+        return stamps if said else (f"selected_on: {part}", *stamps)
+
+    def curves(self) -> pd.DataFrame:
+        """``metrics.csv``, a row per epoch; empty where there is none."""
+        try:
+            return pd.read_csv(self.path / "metrics.csv")
+        except (OSError, ValueError):
+            return pd.DataFrame()
+
+
+def find_runs(roots: Sequence[Path]) -> list[Path]:
+    """Every run folder at or under the roots, each once, in order of their names.
+
+    Raises:
+        UserError: a root is no folder, or there is no run under any.
+    """
+    found: dict[Path, None] = {}
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"runs={root}: no such folder; expected one under which python -m fer.train wrote runs")
+        found |= dict.fromkeys(_walk(root.absolute()))
+    if not found:
+        raise UserError(
+            f"runs={','.join(map(str, roots))}: no run folder (one with a status.json) there; "
+            "train first: python -m fer.train"
+        )
+    return sorted(found)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, inner, files in os.walk(root):
+        if "status.json" in files or "results.json" in files:
+            yield Path(folder)
+            inner.clear()
+        inner[:] = [name for name in inner if not name.startswith(".")]
+
+
+def flatten(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every leaf of a plain container; lists count as leaves unless they hold containers."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from flatten(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(node, list) and any(isinstance(value, dict) for value in node):
+        for place, value in enumerate(node):
+            yield from flatten(value, f"{name}.{place}")
+    else:
+        yield name, node
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What two runs must share to be averaged, as dotted names; lists as text, so that values can be hashed."""
+    leaves = flatten({key: config[key] for key in SECTIONS if key in config})
+    return {
+        name: str(value) if isinstance(value, list) else value
+        for name, value in leaves
+        if name.rpartition(".")[2] not in NOT_SETTINGS
+    }
+
+
+def read_run(path: Path) -> Run:
+    """Read one run folder; what cannot be read makes the run ``damaged``, never the report fail."""
+    folder = RunFolder(path)
+    config: dict[str, Any] = {}
+    try:
+        status = folder.status()
+        if folder.config.exists():
+            config = yaml.load(folder.config.read_text(), _LOADER) or {}
+        state, error = str(status.get("status", "done")), str(status.get("error") or "")
+        if state != "done" or not folder.results.exists():
+            state = state if state != "done" else "damaged"
+            return Run(path, state, error or _unfinished(state), config, settings_of(config), {}, None)
+        results = read_json(folder.results)
+        answers = read_answers(folder.predictions, results["classes"])
+        counts = confusion_counts(answers.label, answers.predicted, len(results["classes"]))
+        if not np.array_equal(counts, results["confusion"]["test"]):
+            raise UserError(f"{folder.predictions} and {folder.results} do not tell the same test")
+        if not config:
+            raise UserError(f"{folder.config} is missing")
+        return Run(path, "done", "", config, settings_of(config), results, answers)
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        config = config if isinstance(config, dict) else {}
+        return Run(path, "damaged", f"{kind}{error}", config, settings_of(config), {}, None)
+
+
+def _unfinished(state: str) -> str:
+    return {
+        "damaged": "its status says done, but there is no results.json",
+        "interrupted": "stopped; resume= goes on",
+        "running": "still running, or killed; resume= goes on",
+    }.get(state, "")
+
+
+def read_answers(path: Path, classes: Sequence[str]) -> Answers:
+    """Read ``predictions.csv``.
+
+    Args:
+        path: the file.
+        classes: names of its probability columns, in the order of the indices to give.
+
+    Raises:
+        UserError: it names a class that is none of ``classes``, an image twice, or something that is no probability.
+    """
+    text = ("item", "subject", "label", "predicted")
+    table = pd.read_csv(path, dtype=dict.fromkeys(text, "str"), keep_default_na=False)
+    index = {name: place for place, name in enumerate(classes)}
+    label, predicted = (table[column].map(index).to_numpy(np.float64) for column in ("label", "predicted"))
+    if np.isnan(label).any() or np.isnan(predicted).any():
+        raise UserError(f"{path} names a class that is none of {', '.join(classes)}")
+    probabilities = table[list(classes)].to_numpy(np.float64)
+    if not (np.isfinite(probabilities).all() and (probabilities >= 0).all()):
+        raise UserError(f"{path} holds something that is no probability")
+    label, predicted = label.astype(np.int16), predicted.astype(np.int16)
+    image = pd.util.hash_array(table["item"].to_numpy(object))
+    order = np.argsort(image)
+    if (np.diff(image[order]) == 0).any():
+        raise UserError(f"{path} holds an image twice")
+    confidence = probabilities[np.arange(len(table)), predicted].astype(np.float32)
+    wrong = np.flatnonzero(predicted != label)
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:WRONG_KEPT]
+    worst = table.iloc[wrong][["index", "item", "label", "predicted"]]
+    return Answers(
+        image=image[order],
+        label=label[order],
+        predicted=predicted[order],
+        confidence=confidence[order],
+        bins=calibration_bins(probabilities, label, BINS),
+        wrong=worst.assign(image=image[wrong], confidence=confidence[wrong]),
+    )
+
+
+def read_runs(roots: Sequence[Path]) -> list[Run]:
+    """Every run at or under the roots."""
+    return [read_run(path) for path in find_runs(roots)]

@@ -1,0 +1,269 @@
+"""Comparing groups or runs on the same test images.
+
+Runs are paired fold by fold and, within a fold, seed by seed in order. What each test then answers:
+
+- McNemar, once per round of runs in which no image is tested twice (so once per seed): do these two trained networks
+  differ on these images?
+- paired bootstrap, correctness averaged over seeds: would other test images of the same kind tell them apart?
+- corrected resampled t-test over the folds of a cross-validation: would other training parts?
+- Wilcoxon over data sets: is one model better across data sets?
+
+Holm's correction is over all p values of one test and metric in the report.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fer.errors import UserError
+from fer.metrics import Array
+from fer.reporting.collect import Answers, Run
+from fer.reporting.groups import Group
+from fer.reporting.statistics import Comparison, corrected_t, holm, mcnemar, paired_bootstrap, wilcoxon
+
+METRICS = {"acc": "accuracy", "mean_acc": "mean class accuracy"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One test of a against b.
+
+    Attributes:
+        a, b: ids of the groups or paths of the runs.
+        data: data set and protocol, or ``n data sets``.
+        test: name of the test.
+        metric: key of `METRICS`.
+        n: what it counts, in words.
+        outcome: difference, interval and p value.
+        p_holm: p value after Holm's correction.
+        stamps: what stands beside the figures of both.
+    """
+
+    a: str
+    b: str
+    data: str
+    test: str
+    metric: str
+    n: str
+    outcome: Comparison
+    p_holm: float = float("nan")
+    stamps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison on one data set: a group, or one run of it."""
+
+    name: str
+    group: Group
+    runs: tuple[Run, ...]
+
+
+def compare(groups: Sequence[Group], selectors: Sequence[str], resamples: int, seed: int) -> list[Verdict]:
+    """Every test of every pair of selectors.
+
+    Args:
+        groups: all groups of the report.
+        selectors: at least two; each a group's id, a model's name (all its groups, data set by data set), or the path
+            of one run.
+        resamples: bootstrap samples.
+        seed: seed of the bootstrap.
+
+    Raises:
+        UserError: a selector names nothing or several groups of one data set and protocol, the two sides were tested on
+            different images, or carry different stamps.
+    """
+    if len(selectors) < 2:
+        raise UserError(f"compare=[{','.join(selectors)}]: expected at least two groups, models or run folders")
+    sides = {selector: _sides(groups, selector) for selector in selectors}
+    verdicts: list[Verdict] = []
+    for a, b in itertools.combinations(sides, 2):
+        pairs = _pairs(sides[a], sides[b])
+        if not pairs:
+            raise UserError(f"compare=[{a},{b}]: no data set and protocol on which both finished")
+        for x, y in pairs:
+            verdicts += _on_one_part(x, y, resamples, seed)
+        verdicts += _over_data_sets(a, b, pairs)
+    return _corrected(verdicts)
+
+
+def _sides(groups: Sequence[Group], selector: str) -> list[Side]:
+    finished = [group for group in groups if group.runs]
+    path = Path(selector).absolute()
+    for group in finished:
+        for run in (*group.runs, *group.repeated):
+            if run.path == path:
+                return [Side(selector, group, (run,))]
+    found = [g for g in finished if g.id == selector] or [g for g in finished if g.model == selector]
+    if not found:
+        known = ", ".join(group.id for group in finished)
+        raise UserError(
+            f"compare={selector}: no finished group, model or run folder of that name; expected one of {known}"
+        )
+    return [Side(group.id, group, tuple(group.runs)) for group in found]
+
+
+def _pairs(a: Sequence[Side], b: Sequence[Side]) -> list[tuple[Side, Side]]:
+    """Sides to test against each other: the only two there are, or those of one data set and protocol."""
+    if len(a) == len(b) == 1:
+        return [(a[0], b[0])]
+    pairs = []
+    places = dict.fromkeys((side.group.data, side.group.protocol) for side in a)
+    for place in places:
+        here = [[side for side in sides if (side.group.data, side.group.protocol) == place] for sides in (a, b)]
+        for sides in here:
+            if len(sides) > 1:
+                raise UserError(
+                    f"compare: {', '.join(side.name for side in sides)} are all {sides[0].group.model} on "
+                    f"{', '.join(place)}; name one of them by its id"
+                )
+        if all(here):
+            pairs.append((here[0][0], here[1][0]))
+    return pairs
+
+
+def _paired_runs(a: Side, b: Side) -> list[tuple[Run, Run]]:
+    if len(a.runs) == len(b.runs) == 1:
+        return [(a.runs[0], b.runs[0])]
+    folds: dict[int | None, tuple[list[Run], list[Run]]] = defaultdict(lambda: ([], []))
+    for place, side in enumerate((a, b)):
+        for run in side.runs:
+            folds[run.fold][place].append(run)
+    # Runs of a fold are ordered by seed; a seed more on one side has no partner.
+    return [pair for runs in folds.values() for pair in zip(*runs, strict=False)]
+
+
+def _answers(run: Run) -> Answers:
+    assert run.answers is not None, "only finished runs are compared"
+    return run.answers
+
+
+def _right(run: Run) -> Array:
+    answers = _answers(run)
+    right: Array = answers.label == answers.predicted
+    return right
+
+
+def _check(a: Side, b: Side, pairs: Sequence[tuple[Run, Run]]) -> tuple[str, ...]:
+    """The stamps both sides carry.
+
+    Raises:
+        UserError: other images or classes, other stamps, predictions that depend on the batch.
+    """
+    stamps = [tuple(dict.fromkeys(stamp for run in side.runs for stamp in run.stamps)) for side in (a, b)]
+    if set(stamps[0]) != set(stamps[1]):
+        only = next(iter(set(stamps[0]) ^ set(stamps[1])))
+        raise UserError(
+            f"compare=[{a.name},{b.name}]: only one of them is stamped «{only}»; stamped runs are compared with their "
+            "like only"
+        )
+    if any(stamp.startswith("LEAKY") for stamp in stamps[0]):
+        raise UserError(f"compare=[{a.name},{b.name}]: both are stamped «{stamps[0][0]}», so no test applies")
+    if not pairs:
+        raise UserError(f"compare=[{a.name},{b.name}]: they share no fold")
+    for x, y in pairs:
+        if x.results["classes"] != y.results["classes"]:
+            raise UserError(f"compare=[{a.name},{b.name}]: {x.path} and {y.path} have other classes or another order")
+        images = _answers(x).image, _answers(y).image
+        if not np.array_equal(*images) or not np.array_equal(_answers(x).label, _answers(y).label):
+            shared = len(np.intersect1d(*images))
+            raise UserError(
+                f"compare=[{a.name},{b.name}]: {x.path} was tested on {len(images[0])} images and {y.path} on "
+                f"{len(images[1])}, {shared} of them the same; a comparison needs the same images and labels"
+            )
+    return stamps[0]
+
+
+def _rounds(pairs: Sequence[tuple[Run, Run]]) -> list[list[tuple[Run, Run]]]:
+    """Divide pairs into rounds in which no image is tested twice."""
+    rounds: list[tuple[Array, list[tuple[Run, Run]]]] = []
+    for pair in pairs:
+        images = _answers(pair[0]).image
+        for place, (seen, members) in enumerate(rounds):
+            if not np.isin(images, seen).any():
+                rounds[place] = (np.concatenate([seen, images]), [*members, pair])
+                break
+        else:
+            rounds.append((images, [pair]))
+    return [members for _, members in rounds]
+
+
+def _on_one_part(a: Side, b: Side, resamples: int, seed: int) -> list[Verdict]:
+    pairs = _paired_runs(a, b)
+    stamps = _check(a, b, pairs)
+    place = f"{a.group.data}, {a.group.protocol}"
+
+    def verdict(test: str, metric: str, n: str, outcome: Comparison) -> Verdict:
+        return Verdict(a.name, b.name, place, test, metric, n, outcome, stamps=stamps)
+
+    out = []
+    for members in _rounds(pairs):
+        right = [np.concatenate([_right(pair[side]) for pair in members]) for side in (0, 1)]
+        only = [int((right[side] & ~right[1 - side]).sum()) for side in (0, 1)]
+        seeds = " and ".join(dict.fromkeys(f"seed {run.seed}" for run in members[0]))
+        n = f"{len(right[0]):,} images, {only[0]} right by a alone, {only[1]} by b alone; {seeds}"
+        out.append(verdict("McNemar", "acc", n, mcnemar(*right)))
+
+    images, place_of = np.unique(np.concatenate([_answers(x).image for x, _ in pairs]), return_inverse=True)
+    times = np.bincount(place_of)
+    mean = [np.bincount(place_of, np.concatenate([_right(pair[side]) for pair in pairs])) / times for side in (0, 1)]
+    label = np.zeros(len(images), dtype=np.int64)
+    label[place_of] = np.concatenate([_answers(x).label for x, _ in pairs])
+    n = f"{len(images):,} images" + (f", {len(pairs)} pairs of runs" if len(pairs) > 1 else "")
+    for metric, by in (("acc", np.zeros_like(label)), ("mean_acc", label)):
+        out.append(verdict("paired bootstrap", metric, n, paired_bootstrap(*mean, by, resamples, seed)))
+
+    folds = _by_fold(pairs)
+    if len(folds) > 1 and len(_rounds([members[0] for members in folds.values()])) == 1:
+        ratio = np.mean([x.results["n"]["test"] / x.results["n"]["train"] for x, _ in pairs])
+        for metric in METRICS:
+            d = [np.mean([_score(x, metric) - _score(y, metric) for x, y in members]) for members in folds.values()]
+            out.append(
+                verdict("corrected resampled t", metric, f"{len(d)} folds", corrected_t(np.array(d), float(ratio)))
+            )
+    return out
+
+
+def _by_fold(pairs: Sequence[tuple[Run, Run]]) -> dict[int, list[tuple[Run, Run]]]:
+    folds: dict[int, list[tuple[Run, Run]]] = defaultdict(list)
+    for pair in pairs:
+        if pair[0].fold is not None:
+            folds[pair[0].fold].append(pair)
+    return folds
+
+
+def _score(run: Run, metric: str) -> float:
+    return float(run.results["metrics"]["test"][metric])
+
+
+def _over_data_sets(a: str, b: str, pairs: Sequence[tuple[Side, Side]]) -> list[Verdict]:
+    """Wilcoxon's test where both were run on several data sets; protocols of one data set are averaged first."""
+    by_data: dict[str, list[tuple[Side, Side]]] = defaultdict(list)
+    for x, y in pairs:
+        by_data[x.group.data].append((x, y))
+    if len(by_data) < 2:
+        return []
+    out = []
+    for metric in METRICS:
+        d = [
+            float(np.mean([x.group.interval(metric)[0] - y.group.interval(metric)[0] for x, y in members]))
+            for members in by_data.values()
+        ]
+        few = "" if len(d) > 5 else ", too few to be significant at 5 %"
+        out.append(Verdict(a, b, f"{len(d)} data sets", "Wilcoxon", metric, f"{len(d)} data sets{few}", wilcoxon(d)))
+    return out
+
+
+def _corrected(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    out = list(verdicts)
+    families: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for place, verdict in enumerate(verdicts):
+        families[verdict.test, verdict.metric].append(place)
+    for places in families.values():
+        for place, p in zip(places, holm([verdicts[place].outcome.p for place in places]), strict=True):
+            out[place] = replace(verdicts[place], p_holm=p)
+    return out

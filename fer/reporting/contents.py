@@ -1,0 +1,239 @@
+"""What stands in the report's tables: groups, claims, classes, data, times, comparisons, and what is missing."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fer.metrics import scores
+from fer.reporting.benches import Bench
+from fer.reporting.claims import Beside
+from fer.reporting.comparisons import METRICS, Verdict
+from fer.reporting.groups import Group
+from fer.reporting.statistics import wilson_half_width
+from fer.reporting.tables import DASH, NONE, Cell, Row, Table, interval, mean_std, number, percent, words
+
+SHOWN = ("acc", "mean_acc", "macro_f1", "ece", "nll")
+PARTS = ("train", "val", "test")
+
+
+def results(bench: Bench) -> Table:
+    """Scores of each group, best accuracy first, those set apart below."""
+    rows = []
+    for group in bench.ranked:
+        acc, mean_acc = group.interval("acc"), group.interval("mean_acc")
+        cells = [words(group.label), mean_std(*acc[:2]), interval(*acc[2:]), mean_std(*mean_acc[:2])]
+        cells += [interval(*mean_acc[2:]), percent(group.interval("macro_f1")[0]), percent(group.interval("ece")[0], 1)]
+        half = wilson_half_width(acc[0], group.images)
+        cells += [_runs(group), Cell(f"± {percent(half).text}", half)]
+        rows.append(_row(bench, group, cells, _record(bench, group, half)))
+    columns = ["model", "accuracy, %", "95 % of runs", "mean class, %", "95 % of runs", "macro F1, %", "ECE, %"]
+    note = (
+        "Mean ± standard deviation over runs; 95 % of runs: Student's t interval of that mean. 95 % of images: half of "
+        "Wilson's interval for the number of test images; smaller differences are noise even between single runs."
+    )
+    return Table(f"{bench.title}: results", [*columns, "runs", "95 % of images"], rows, note)
+
+
+def _row(bench: Bench, group: Group, cells: Sequence[Cell], record: dict[str, Any]) -> Row:
+    return Row(cells, record, group.stamps, bench.apart(group), group.id)
+
+
+def _runs(group: Group) -> Cell:
+    folds, seeds = len(group.folds), len(group.seeds)
+    text = f"{len(group.runs)}"
+    if folds > 1:
+        text += f" ({folds} folds" + (f" x {seeds} seeds)" if seeds > 1 else ")")
+    elif seeds > 1:
+        text += f" ({seeds} seeds)"
+    absent = len(group.unfinished) + len(group.missing)
+    return Cell(text + (f", {absent} missing" if absent else ""), len(group.runs))
+
+
+def _record(bench: Bench, group: Group, half: float) -> dict[str, Any]:
+    out: dict[str, Any] = {"group": group.id, "model": group.model, "label": group.label, "data": group.data}
+    out |= {"protocol": bench.protocol, "bench": bench.title, "set_apart": bench.apart(group)}
+    out |= {"runs": len(group.runs), "folds": len(group.folds), "seeds": len(group.seeds), "images": group.images}
+    for metric in SHOWN:
+        names = ("mean", "std", "low", "high")
+        out |= {f"{metric}_{name}": value for name, value in zip(names, group.interval(metric), strict=True)}
+    pooled = scores(group.confusion, group.classes)
+    out |= {f"{metric}_pooled": pooled[metric] for metric in ("acc", "mean_acc", "macro_f1")}
+    return out | {"acc_image_half_width": half, "settings": "; ".join(group.differs)}
+
+
+def per_class(bench: Bench, claims: Sequence[Beside]) -> Table:
+    """Accuracy of each class, and what papers claim for it."""
+    classes, rows = bench.groups[0].classes, []
+    for group in bench.ranked:
+        found = {name: group.interval(f"acc_{name}") for name in classes}
+        cells = [words(group.label), *(mean_std(*found[name][:2]) for name in classes)]
+        record = {"group": group.id, "source": "measured", **{name: found[name][0] for name in classes}}
+        rows.append(_row(bench, group, cells, record))
+    for one in claims:
+        if one.claim.per_class:
+            found_claims = [one.claim.per_class.get(name) for name in classes]
+            who = f"claimed: {one.claim.method}, {one.claim.paper}"
+            record = {"group": who, "source": "claimed"}
+            record |= {n: None if v is None else v / 100 for n, v in zip(classes, found_claims, strict=True)}
+            cells = [words(who), *(number(value, 2) for value in found_claims)]
+            rows.append(Row(cells, record, [f"void: {one.claim.void}"] if one.claim.void else [], apart=True))
+    return Table(f"{bench.title}: accuracy of each class, %", ["model", *classes], rows)
+
+
+def claimed(bench: Bench, claims: Sequence[Beside]) -> Table:
+    """Each claim, what was measured for it, and in what the protocols differ."""
+    rows = []
+    for one in claims:
+        claim, group = one.claim, one.group
+        measured = (math.nan,) * 4 if group is None else group.interval("acc")
+        measured_mean = (math.nan,) * 4 if group is None else group.interval("mean_acc")
+        differs = claim.remarks + ([] if group is None else claim.differences(group))
+        said = number(claim.mean_acc, 2).text
+        cells = [words(f"{claim.method} — {claim.paper}"), words("not run" if group is None else group.label)]
+        cells += [words(claim.protocol), words("; ".join(differs)), number(claim.acc, 2)]
+        cells += [mean_std(*measured[:2]), _signed(one.gap), Cell(said, claim.mean_acc), mean_std(*measured_mean[:2])]
+        record = {"bench": bench.title, "paper": claim.paper, "method": claim.method, "claimed_acc": claim.acc}
+        record |= {"claimed_mean_acc": claim.mean_acc, "group": "" if group is None else group.id}
+        record |= {"measured_acc": 100 * measured[0], "measured_mean_acc": 100 * measured_mean[0], "gap": one.gap}
+        record |= {"paper_protocol": claim.protocol, "differences": "; ".join(differs), "void": claim.void or ""}
+        stamps = [] if group is None else group.stamps
+        rows.append(Row(cells, record, stamps, group is None, "" if group is None else group.id))
+    columns = ["method and paper", "measured by", "the paper's protocol", "differs from ours"]
+    columns += ["claimed, %", "measured, %", "points", "claimed mean class, %", "measured mean class, %"]
+    return Table(f"{bench.title}: what papers claim", columns, rows, left=4)
+
+
+def _signed(value: float | None) -> Cell:
+    if value is None or math.isnan(value):
+        return NONE
+    return Cell(("+" if value > 0 else "") + number(value, 2).text, value)
+
+
+def distribution(bench: Bench) -> Table:
+    """Images of each class in each part."""
+    group = bench.groups[0]
+    counts, classes = group.facts.get("counts") or {}, group.classes
+    rows = []
+    for part in PARTS:
+        found = [counts.get(part, {}).get(name, 0) for name in classes]
+        total = max(sum(found), 1)
+        cells = [words(part), *(Cell(f"{n:,} ({100 * n / total:.1f} %)", n) for n in found), number(sum(found), 0)]
+        record = {"bench": bench.title, "part": part, **dict(zip(classes, found, strict=True)), "all": sum(found)}
+        rows.append(Row(cells, record))
+    fold = group.runs[0].fold
+    note = "" if fold is None else f"Of fold {fold}; the other folds differ by a few images."
+    return Table(f"{bench.title}: images of each class", ["part", *classes, "all"], rows, note)
+
+
+def times(benches: Sequence[Bench]) -> Table:
+    """What the runs of each group cost."""
+    rows = []
+    for bench in benches:
+        for group in bench.ranked:
+            found = [run.results for run in group.runs]
+            seconds, cpu = (_mean([one.get(key) for one in found]) for key in ("seconds", "cpu_seconds"))
+            speed = [_mean([(one.get("images_per_second") or {}).get(part) for one in found]) for part in PARTS[::2]]
+            first = found[0]
+            machine = ", ".join(dict.fromkeys(f"{one.get('device')} {one.get('precision')}" for one in found))
+            cells = [words(f"{group.label} on {bench.title}"), words(machine), number(first.get("parameters"), 0)]
+            flops = first.get("forward_flops")
+            cells += [
+                number(None if flops is None else flops / 1e9, 2),
+                number(_mean([r.get("epochs") for r in found]), 0),
+            ]
+            cells += [number(seconds / 60, 1), number(cpu / 60, 1), number(len(found) * cpu / 3600, 2)]
+            cells += [number(speed[0], 0), number(speed[1], 0)]
+            record = {"group": group.id, "machine": machine, "parameters": first.get("parameters"), "flops": flops}
+            record |= {"seconds_mean": seconds, "cpu_seconds_mean": cpu, "runs": len(found)}
+            record |= {"train_images_per_second": speed[0], "test_images_per_second": speed[1]}
+            rows.append(Row(cells, record, link=group.id))
+    columns = [
+        "model",
+        "ran on",
+        "parameters",
+        "GFLOP",
+        "epochs",
+        "minutes a run",
+        "core-minutes a run",
+        "core-hours, all",
+    ]
+    return Table("Cost", [*columns, "images/s training", "images/s test"], rows, left=2)
+
+
+def _mean(values: Sequence[Any]) -> float:
+    found = [float(value) for value in values if value is not None]
+    return float(np.mean(found)) if found else math.nan
+
+
+def absent(groups: Sequence[Group], root: Path) -> Table:
+    """Runs that failed, did not finish, were never started, or count no more."""
+    rows = []
+
+    def add(group: Group, status: str, where: str, fold: int | None, seed: int | None, why: str) -> None:
+        cells = [words(where), words(status), words(f"{group.label} on {group.data}, {group.protocol}")]
+        cells += [words(why), number(fold, 0), number(seed, 0)]
+        names = ("run", "status", "group", "reason", "fold", "seed")
+        rows.append(Row(cells, dict(zip(names, (where, status, group.id, why, fold, seed), strict=True))))
+
+    for group in groups:
+        for run in group.unfinished:
+            add(group, run.status, shown(run.path, root), run.fold, run.seed, run.error)
+        for run in group.repeated:
+            add(group, "repeated", shown(run.path, root), run.fold, run.seed, "a newer run has its fold and seed")
+        for line in group.missing:
+            add(group, "missing", DASH, None, None, line)
+    return Table(
+        "Failed, unfinished and missing runs", ["run", "status", "group", "reason", "fold", "seed"], rows, left=4
+    )
+
+
+def shown(path: Path, root: Path) -> str:
+    """A run's path as the report shows it."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) and path != root else str(path)
+
+
+def runs(group: Group, root: Path) -> Table:
+    """Each run of a group."""
+    rows = []
+    for run in group.runs:
+        test, first = run.results["metrics"]["test"], run.results
+        cells = [words(shown(run.path, root)), number(run.fold, 0), number(run.seed, 0)]
+        cells += [percent(test.get("acc")), percent(test.get("mean_acc")), percent(test.get("macro_f1"))]
+        cells += [number(first["best_epoch"] + 1, 0), number(first["n"]["test"], 0)]
+        cells += [words(str(first.get("code_version", ""))), words(first["split_fingerprint"])]
+        record = {"group": group.id, "run": cells[0].text, "fold": run.fold, "seed": run.seed, "n": first["n"]["test"]}
+        record |= {metric: test.get(metric) for metric in SHOWN} | {"best_epoch": first["best_epoch"]}
+        record |= {"code_version": first.get("code_version"), "split_fingerprint": first["split_fingerprint"]}
+        rows.append(Row(cells, record, run.stamps))
+    columns = ["run", "fold", "seed", "accuracy, %", "mean class, %", "macro F1, %", "epoch", "images", "code", "split"]
+    return Table("", columns, rows)
+
+
+def compared(verdicts: Sequence[Verdict]) -> Table:
+    """Every test."""
+    rows = []
+    for one in verdicts:
+        d = one.outcome
+        cells = [words(one.a), words(one.b), words(one.data), words(one.test), words(METRICS[one.metric]), words(one.n)]
+        cells += [_signed(100 * d.difference), _points(d.low, d.high), _p(d.p), _p(one.p_holm)]
+        record = {"a": one.a, "b": one.b, "data": one.data, "test": one.test, "metric": one.metric, "n": one.n}
+        record |= {"difference": d.difference, "low": d.low, "high": d.high, "p": d.p, "p_holm": one.p_holm}
+        rows.append(Row(cells, record, one.stamps))
+    note = (
+        "Points: a minus b. McNemar (exact) compares two trained networks on these images; the bootstrap asks about "
+        "other images, the corrected resampled t-test (Nadeau and Bengio 2003) about other training parts, Wilcoxon "
+        "about other data sets. Holm: corrected over all lines of one test and metric."
+    )
+    columns = ["a", "b", "data", "test", "of", "n", "points", "95 %", "p", "p, Holm"]
+    return Table("Comparisons", columns, rows, note, left=6)
+
+
+def _points(low: float, high: float) -> Cell:
+    return NONE if math.isnan(low) else Cell(f"{_signed(100 * low).text} to {_signed(100 * high).text}", low)
+
+
+def _p(value: float) -> Cell:
+    return Cell("< 0.0001" if value < 1e-4 else f"{value:.4f}", value)

@@ -1,0 +1,233 @@
+"""Which runs belong together.
+
+A **group** holds the runs that differ in nothing but fold and seed. Of them, those are averaged that have the same
+classes in the same order, the same number of images in all parts, for the same fold the same split (by fingerprint),
+and for different folds test parts that share no image or are the same. What does not fit starts a group of its own and
+the report says so. Of runs with the same fold and seed the newest counts.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fer.metrics import Array
+from fer.reporting.collect import BINS, Run
+from fer.reporting.statistics import mean_interval
+
+Key = tuple[Any, ...]
+NAMED = 3  # settings named in a label; the page has the rest
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but fold and seed.
+
+    Attributes:
+        model, data: public names.
+        settings: what all its runs share, see `fer.reporting.collect.settings_of`.
+        runs: the finished ones, one per fold and seed, by fold and seed.
+        unfinished: the others.
+        repeated: finished ones left out because a newer one has their fold and seed.
+        refused: why its runs are not averaged with those of another group of the same settings; empty otherwise.
+        id: short name, unique in a report; also the anchor and the stem of file names.
+        differs: the settings that set it apart from groups of the same model, data and protocol.
+    """
+
+    model: str
+    data: str
+    settings: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+    unfinished: list[Run] = field(default_factory=list)
+    repeated: list[Run] = field(default_factory=list)
+    refused: str = ""
+    id: str = ""
+    differs: list[str] = field(default_factory=list)
+
+    @property
+    def protocol(self) -> str:
+        """The protocol in a few words: ``kfold, 5 folds``."""
+        return protocol_words(self.settings)
+
+    @property
+    def label(self) -> str:
+        """Model and what sets it apart from its like."""
+        shown = ", ".join(self.differs[:NAMED])
+        more = f", and {len(self.differs) - NAMED} more" if len(self.differs) > NAMED else ""
+        return f"{self.model} ({shown}{more})" if shown else self.model
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, in the order of the confusion matrix."""
+        return list(self.runs[0].results["classes"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its first run recorded about the data."""
+        return dict(self.runs[0].results.get("data_facts") or {})
+
+    @property
+    def stamps(self) -> list[str]:
+        """Every stamp of its runs, each once."""
+        return list(dict.fromkeys(stamp for run in self.runs for stamp in run.stamps))
+
+    @property
+    def folds(self) -> list[int]:
+        """The folds that finished."""
+        return sorted({run.fold for run in self.runs if run.fold is not None})
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that finished."""
+        return sorted({run.seed for run in self.runs if run.seed is not None})
+
+    def values(self, metric: str) -> list[float]:
+        """A test metric of every run that has it (a fold may lack a class)."""
+        found = (run.results["metrics"]["test"].get(metric) for run in self.runs)
+        return [float(value) for value in found if value is not None]
+
+    def interval(self, metric: str) -> tuple[float, float, float, float]:
+        """Mean, standard deviation and 95 % interval over the runs."""
+        return mean_interval(self.values(metric))
+
+    @cached_property
+    def confusion(self) -> Array:
+        """(K, K) counts summed over all runs."""
+        return np.sum([run.results["confusion"]["test"] for run in self.runs], axis=0)
+
+    @cached_property
+    def bins(self) -> Array:
+        """(BINS, 3) calibration bins summed over all runs."""
+        found = [run.answers.bins for run in self.runs if run.answers is not None]
+        return np.sum(found, axis=0) if found else np.zeros((BINS, 3))
+
+    @property
+    def images(self) -> int:
+        """Different images tested."""
+        return len(np.unique(np.concatenate([run.answers.image for run in self.runs if run.answers is not None])))
+
+    @property
+    def missing(self) -> list[str]:
+        """Folds that were never started, for each seed that has some."""
+        folds = self.settings.get("data.protocol.folds")
+        started = defaultdict(set)
+        for run in (*self.runs, *self.unfinished):
+            if run.fold is not None:
+                started[run.seed].add(run.fold)
+        if not isinstance(folds, int):
+            return []
+        lacking = {seed: sorted(set(range(folds)) - have) for seed, have in started.items()}
+        return [
+            f"seed {seed}: fold {', '.join(map(str, gone))} never started" for seed, gone in lacking.items() if gone
+        ]
+
+
+def protocol_words(settings: dict[str, Any]) -> str:
+    """``fer.data.protocols.KFold`` with 5 folds -> ``kfold, 5 folds``."""
+    name = str(settings.get("data.protocol._target_") or "unknown").rpartition(".")[2]
+    words = [{"LeaveOneSubjectOut": "leave one subject out"}.get(name, name.lower())]
+    folds, held_out = (settings.get(f"data.protocol.{key}") for key in ("folds", "held_out"))
+    words += [f"{folds} folds"] if folds is not None else []
+    words += ["official test, rotating validation"] if held_out == "val" else []
+    words += ["selected on test"] if settings.get("data.protocol.select_on") == "test" else []
+    return ", ".join(words)
+
+
+def _classes(run: Run) -> Key:
+    return tuple(run.results["classes"])
+
+
+def _pool(run: Run) -> int | None:
+    """Images in all parts; the number varies with the fold where leaked copies are dropped."""
+    return None if run.settings.get("data.protocol.drop_leaks") else sum(run.results["n"].values())
+
+
+def _clash(run: Run, others: Iterable[Run]) -> str:
+    """Why a run does not belong to others of the same settings; empty when it does."""
+    for other in others:
+        where = "" if run.fold is None else f" of fold {run.fold}"
+        if _classes(run) != _classes(other):
+            return "other classes, or in another order"
+        if _pool(run) != _pool(other):
+            return f"{_pool(run)} images in all parts, not {_pool(other)}"
+        if run.fold == other.fold and run.results["split_fingerprint"] != other.results["split_fingerprint"]:
+            return (
+                f"another split{where} ({run.results['split_fingerprint']}, not {other.results['split_fingerprint']})"
+            )
+        if run.fold != other.fold and run.answers is not None and other.answers is not None:
+            a, b = run.answers.image, other.answers.image
+            shared = len(np.intersect1d(a, b, assume_unique=True))
+            if shared and not np.array_equal(a, b):
+                return f"folds {other.fold} and {run.fold} share {shared} test images"
+    return ""
+
+
+def make_groups(runs: Iterable[Run]) -> list[Group]:
+    """Group runs; see the top of this file for what belongs together."""
+    alike: dict[Key, list[Run]] = defaultdict(list)
+    for run in runs:
+        alike[run.model, run.data, tuple(sorted((k, str(v)) for k, v in run.settings.items()))].append(run)
+    groups = []
+    for (model, data, _), members in alike.items():
+        finished = [run for run in members if run.status == "done"]
+        parts: list[Group] = []
+        for run in sorted(finished, key=_newest_first):
+            first_reason = ""
+            for group in parts:
+                reason = _clash(run, group.runs)
+                if not reason:
+                    taken = any((run.fold, run.seed) == (other.fold, other.seed) for other in group.runs)
+                    (group.repeated if taken else group.runs).append(run)
+                    break
+                first_reason = first_reason or reason
+            else:
+                parts.append(Group(model, data, run.settings, [run], refused=first_reason))
+        parts = parts or [Group(model, data, members[0].settings)]
+        parts[0].unfinished = [run for run in members if run.status != "done"]
+        for group in parts:
+            group.runs.sort(key=lambda run: (_number(run.fold), _number(run.seed)))
+        groups += parts
+    groups.sort(key=lambda g: (g.data, g.protocol, g.model, str(g.runs[0].path if g.runs else "")))
+    _name(groups)
+    return groups
+
+
+def _newest_first(run: Run) -> float:
+    return -(run.path / "results.json").stat().st_mtime
+
+
+def _number(value: int | None) -> int:
+    return -1 if value is None else value
+
+
+def differences(all_settings: list[dict[str, Any]]) -> list[list[str]]:
+    """For each of several settings the ``key=value`` in which they are not all alike, classes chosen before values."""
+    names = {name for settings in all_settings for name in settings}
+    apart = [n for n in names if len({str(s.get(n)) for s in all_settings}) > 1 and not n.endswith("class_names")]
+    apart.sort(key=lambda name: (not name.endswith("_target_"), name.count("."), name))
+    return [[_short(name, settings[name]) for name in apart if name in settings] for settings in all_settings]
+
+
+def _short(name: str, value: Any) -> str:
+    if name.endswith("_target_"):
+        return f"{name.rpartition('.')[0]}={str(value).rpartition('.')[2]}"
+    return f"{name}={value}"
+
+
+def _name(groups: list[Group]) -> None:
+    """Give groups of one model, data and protocol the settings they differ in, and every group its id."""
+    alike: dict[Key, list[Group]] = defaultdict(list)
+    for group in groups:
+        alike[group.model, group.data, group.protocol].append(group)
+    for members in alike.values():
+        for group, differs in zip(members, differences([g.settings for g in members]), strict=True):
+            group.differs = differs + ([group.refused] if group.refused else [])
+    used: Counter[str] = Counter()
+    for group in groups:
+        stem = re.sub(r"[^a-z0-9_]+", "-", f"{group.data}-{group.model}-{group.protocol.split(',')[0]}".lower())
+        used[stem] += 1
+        group.id = stem if used[stem] == 1 else f"{stem}-{used[stem]}"
