@@ -9,6 +9,7 @@ import torch
 from conftest import composed
 from fakes import WRITERS
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from scipy import stats
 
 from fer.config import CONF
@@ -173,9 +174,9 @@ def test_uniform_is_uniform_and_independent() -> None:
 
 
 def finish(train: bool, tta: str = "none", **batched: Any) -> Finish:
-    recipe = {"flip": 0.0, "rotate": 0.0, "scale": (1.0, 1.0), "shift": 0.0, "brightness": 0.0, "contrast": 0.0}
-    recipe |= {"erase": 0.0, "erase_area": (0.1, 0.2), **batched}
-    augment = Augment(crop_pct=44 / 48, batched=BatchAugment(**recipe), per_image=[])
+    recipe: Any = OmegaConf.to_container(OmegaConf.load(CONF / "augment" / "_off.yaml").batched)
+    recipe = {k: v for k, v in recipe.items() if k != "_target_"} | {"erase_area": (0.1, 0.2), **batched}
+    augment = Augment(crop_pct=44 / 48, crops_per_image=1, batched=BatchAugment(**recipe), per_image=[])
     return Finish(
         size=44, mean=[0.0] * 3, std=[1.0] * 3, augment=augment, seed=0, train=train, augmented=False, tta=tta
     )

@@ -27,15 +27,19 @@ class EpochSampler:
         batch_size: images per batch on this device.
         drop_last: leave out a last batch that is not full.
         rank, world_size: this process' share under data-parallel training.
+        passes: how often an epoch goes through the order; every pass counts as an epoch of its own to order and
+            augmentation.
     """
 
-    def __init__(self, order: Order, batch_size: int, drop_last: bool, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, order: Order, batch_size: int, drop_last: bool, rank: int = 0, world_size: int = 1, passes: int = 1
+    ) -> None:
         self.order, self.batch_size, self.drop_last = order, batch_size, drop_last
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.passes = rank, world_size, passes
         self.epoch = 0
         self.position = 0
         n = len(order(0)) // world_size if drop_last else -(-len(order(0)) // world_size)
-        self.batches = max(1, n // batch_size) if drop_last else -(-n // batch_size)
+        self.pass_batches = max(1, n // batch_size) if drop_last else -(-n // batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch; keeps the position when it is the epoch a resume is in the middle of."""
@@ -43,14 +47,16 @@ class EpochSampler:
             self.epoch, self.position = epoch, 0
 
     def __len__(self) -> int:
-        return self.batches
+        return self.passes * self.pass_batches
 
     def __iter__(self) -> Iterator[tuple[int, Array]]:
-        """Yield (epoch, rows of a batch) from the current position on."""
-        order = self.order(self.epoch)
-        rows = order[self.rank :: self.world_size]
-        for start in range(self.position, self.batches):
-            yield self.epoch, rows[start * self.batch_size : (start + 1) * self.batch_size]
+        """Yield (epoch, rows of a batch) from the current position on; every pass has an epoch's number of its own."""
+        first, skipped = divmod(self.position, self.pass_batches)
+        for epoch in range(self.epoch * self.passes + first, (self.epoch + 1) * self.passes):
+            rows = self.order(epoch)[self.rank :: self.world_size]
+            for start in range(skipped, self.pass_batches):
+                yield epoch, rows[start * self.batch_size : (start + 1) * self.batch_size]
+            skipped = 0
 
 
 class _Loader:

@@ -32,11 +32,13 @@ class Augment:
     Attributes:
         crop_pct: side of the crop as a share of the stored image: random in training, central in evaluation; 44/48 is
             the 44-pixel crop of a 48-pixel image.
+        crops_per_image: how often a training epoch passes every image, each time augmented differently.
         batched: the recipe on the device, or None for no augmentation.
         per_image: albumentations transforms for worker processes, applied to the (S, S, C) uint8 image after the crop.
     """
 
     crop_pct: float
+    crops_per_image: int
     batched: BatchAugment | None
     per_image: list[Any]
 
