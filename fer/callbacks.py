@@ -21,7 +21,6 @@ from fer.models.base import ExpressionModule
 from fer.reporting.figures import confusion_figure
 from fer.runs import RunFolder, read_json, write_json, write_text
 
-MONITOR = "val/mean_acc"
 WORST_IMAGES = 32  # confidently wrong images shown on W&B
 
 
@@ -147,7 +146,7 @@ class Recorder(Checkpoint):
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         self.history.append(row | metrics)
-        value = metrics.get(MONITOR, math.nan)
+        value = metrics.get(module.monitor, math.nan)
         if value > self.best:
             self.best, self.best_epoch = value, trainer.current_epoch
             # What was validated is kept.
@@ -156,7 +155,7 @@ class Recorder(Checkpoint):
             counts = module.tally("val").confusion_matrix()
             data = _data_of(trainer)
             part = "validation" if data.split.selected_on == "val" else "test part, where the epoch is chosen"
-            title = f"{part}, epoch {self.best_epoch + 1}: mean class accuracy {100 * value:.2f} %"
+            title = f"{part}, epoch {self.best_epoch + 1}: mean class accuracy {100 * metrics['val/mean_acc']:.2f} %"
             save_confusion(self.folder, "val", counts, module.class_names, title, stamps_of(data, module))
         write_text(self.folder.path / "metrics.csv", pd.DataFrame(self.history).to_csv(index=False))
         self._save_last(trainer)
@@ -224,6 +223,7 @@ class WandbPictures(Callback):
         logger = trainer.logger
         if not isinstance(logger, Wandb):
             return
+        assert isinstance(module, ExpressionModule)
         import wandb
 
         data = _data_of(trainer)
@@ -243,7 +243,7 @@ class WandbPictures(Callback):
         run = logger.experiment
         run.log(content)
         run.summary["best_epoch"] = self.recorder.best_epoch
-        run.summary[f"best/{MONITOR}"] = self.recorder.best
+        run.summary[f"best/{module.monitor}"] = self.recorder.best
 
     def _wrong(self, data: ExpressionDataModule, wandb: Any) -> Any:
         label, probabilities = self.predictions.label, self.predictions.probabilities

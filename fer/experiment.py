@@ -15,20 +15,22 @@ from typing import Any
 
 import lightning
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from fer.callbacks import MONITOR, Predictions, Randomness, Recorder, WandbPictures, measure_flops, stamps_of
+from fer.callbacks import Predictions, Randomness, Recorder, WandbPictures, measure_flops, stamps_of
 from fer.config import argument_problems, unsafe_entries
 from fer.data.base import ExpressionDataModule
 from fer.data.manifest import PARTS
+from fer.detections import Detections
 from fer.errors import UserError
 from fer.loggers import Wandb
 from fer.models.averaging import WeightAverage
 from fer.models.base import ExpressionModule
+from fer.models.detection import FaceDetector
 from fer.runs import RunFolder, code_version, git_commit, job_key, read_json, versions, write_json
 from fer.trainer import Trainer, choose_threads, load_checkpoint
 
@@ -62,6 +64,10 @@ def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", 
     facts = data.facts()
     if config.data.class_names is None:
         config.data.class_names = data.class_names
+    architecture = get_class(config.model._target_)
+    if issubclass(architecture, ExpressionModule):
+        for option, value in architecture.from_data(config.model, data).items():
+            config.model[option] = value
     print_data(facts)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     plain["data"]["root"] = str(Path(config.data.root).absolute()) if config.data.root else ""
@@ -72,7 +78,8 @@ def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", 
     state = folder.begin(OmegaConf.create(plain), key, bool(config.fresh) and not resumed)
     if state == "done":
         log.info("this run is done already (fresh=true starts it anew): %s", folder.results)
-        return float(read_json(folder.results)["metrics"]["val"]["mean_acc"])
+        results = read_json(folder.results)
+        return float(results["metrics"]["val"][results["monitor"]])
     if resumed and folder.status().get("code") != code_version():
         log.warning("the code has changed since this run was started; the results say so")
     run_id = folder.status().get("wandb_id") or uuid.uuid4().hex[:8]
@@ -163,9 +170,12 @@ def _train_and_test(
     # Randomness comes before what draws from it.
     callbacks = [Randomness(config.seed), instantiate(config.mix), *([average] if average else [])]
     callbacks += [recorder, predictions, WandbPictures(folder, predictions, recorder)]
+    detections = Detections(folder) if isinstance(module, FaceDetector) and module.detection else None
+    if detections is not None:
+        callbacks.append(detections)
     if config.trainer.patience is not None:
         callbacks.append(
-            lightning.pytorch.callbacks.EarlyStopping(MONITOR, patience=config.trainer.patience, mode="max")
+            lightning.pytorch.callbacks.EarlyStopping(module.monitor, patience=config.trainer.patience, mode="max")
         )
     if config.trainer.enable_progress_bar:
         callbacks.append(lightning.pytorch.callbacks.RichProgressBar(refresh_rate=20))
@@ -203,7 +213,7 @@ def _train_and_test(
     best = recorder.history[[int(row["epoch"]) for row in recorder.history].index(recorder.best_epoch)]
     metrics = {
         "val": {k.removeprefix("val/"): v for k, v in best.items() if k.startswith("val/")},
-        "test": module.tally("test").scores(module.class_names),
+        "test": module.scores("test"),
     }
     results = {
         "name": plain["name"],
@@ -216,6 +226,7 @@ def _train_and_test(
         "classes": data.class_names,
         "n": facts["n"],
         "selected_on": facts["selected_on"],
+        "monitor": module.monitor.removeprefix("val/"),
         "best_epoch": recorder.best_epoch,
         "epochs": len(recorder.history),
         "metrics": metrics,
@@ -235,6 +246,7 @@ def _train_and_test(
             "train": statistics.median(recorder.rates) if recorder.rates else None,
             "test": facts["n"]["test"] / test_seconds,
         },
+        "detection_seconds_per_image": detections.seconds_per_image if detections is not None else None,
         "seconds": recorder.seconds,
         "cpu_seconds": recorder.cpu,
         "device": str(trainer.strategy.root_device),
@@ -317,9 +329,12 @@ def print_summary(results: dict[str, Any], folder: RunFolder) -> None:
         ("macro F1", "macro_f1"),
         ("ECE", "ece"),
         ("NLL", "nll"),
+        ("mAP@0.5", "map50"),
+        ("face AP@0.5", "face_ap50"),
     ]
     for text, key in rows:
-        table.add_row(text, f"{test[key]:.4f}", f"{val[key]:.4f}")
+        if key in test:
+            table.add_row(text, f"{test[key]:.4f}", f"{val[key]:.4f}")
     for name in results["classes"]:
         cells = [f"{m[f'acc_{name}']:.4f}" if f"acc_{name}" in m else "none" for m in (test, val)]
         table.add_row(f"  {name}", *cells)

@@ -2,6 +2,7 @@
 
 import abc
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -13,6 +14,7 @@ from fer.models.optim import Recipe
 from fer.models.tally import Tally
 
 Batch = dict[str, Tensor]
+Stage = Literal["train", "val", "test"]
 
 
 class ModuleOptions(TypedDict):
@@ -46,9 +48,11 @@ class ExpressionModule(LightningModule, abc.ABC):
         takes_mixed: whether the loss takes images blended by mixup or cutmix; False where it needs one class, or
             regions, of each image.
         weights: where the initial weights came from (``random``, ``timm/...``); recorded in every result.
+        monitor: the validation score whose best epoch is tested.
     """
 
     network: nn.Module
+    monitor: str = "val/mean_acc"
     leaky: str | None = None
     takes_mixed: bool = True
     weights: str = "random"
@@ -73,6 +77,16 @@ class ExpressionModule(LightningModule, abc.ABC):
         self.tallies = nn.ModuleDict({stage: Tally(self.num_classes) for stage in ("train_", "val", "test")})
 
     # -- what a subclass says -------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_data(cls, options: Mapping[str, Any], data: Any) -> dict[str, Any]:
+        """Values of options that the config leaves to the data; most architectures have none.
+
+        Args:
+            options: the model's node of the config.
+            data: the opened data module.
+        """
+        return {}
 
     @property
     @abc.abstractmethod
@@ -115,7 +129,7 @@ class ExpressionModule(LightningModule, abc.ABC):
 
     # -- the shared step ------------------------------------------------------------------------------------------
 
-    def tally(self, stage: Literal["train", "val", "test"]) -> Tally:
+    def tally(self, stage: Stage) -> Tally:
         """Counts of one stage (``train`` is no legal name inside a module, hence the key)."""
         tally = self.tallies["train_" if stage == "train" else stage]
         assert isinstance(tally, Tally)
@@ -134,8 +148,18 @@ class ExpressionModule(LightningModule, abc.ABC):
         self.tally("train").add(logits.detach().argmax(1), batch["label"], loss)
         return loss
 
+    def scores(self, stage: Stage) -> dict[str, float]:
+        """All scores of what was counted since the stage began."""
+        return self.tally(stage).scores(self.class_names)
+
+    def reset(self, stage: Stage) -> None:
+        """Start counting anew."""
+        self.tally(stage).reset()
+
     def _evaluate(self, batch: Batch, stage: Literal["val", "test"]) -> Tensor:
-        probabilities = self.probabilities(batch["image"])
+        return self._count(self.probabilities(batch["image"]), batch, stage)
+
+    def _count(self, probabilities: Tensor, batch: Batch, stage: Literal["val", "test"]) -> Tensor:
         # The loss people compare across runs is that of the label, whatever the training loss was.
         loss = nn.functional.nll_loss(probabilities.clamp_min(1e-12).log(), batch["label"])
         self.tally(stage).add_probabilities(probabilities, batch["label"], loss)
@@ -150,21 +174,20 @@ class ExpressionModule(LightningModule, abc.ABC):
         probabilities = self._evaluate(batch, "test")
         return {"index": batch["index"], "label": batch["label"], "probabilities": probabilities}
 
-    def _log_scores(self, stage: Literal["train", "val", "test"], *, keys: tuple[str, ...] | None = None) -> None:
-        scores = self.tally(stage).scores(self.class_names)
-        kept = {k: v for k, v in scores.items() if keys is None or k in keys}
-        bar = {"train": ("loss",), "val": ("mean_acc",), "test": ()}[stage]
+    def _log_scores(self, stage: Stage, *, keys: tuple[str, ...] | None = None) -> None:
+        kept = {k: v for k, v in self.scores(stage).items() if keys is None or k in keys}
+        bar = {"train": ("loss",), "val": (self.monitor.removeprefix("val/"),), "test": ()}[stage]
         self.log_dict({f"{stage}/{k}": v for k, v in kept.items() if k not in bar}, sync_dist=False)
         self.log_dict({f"{stage}/{k}": v for k, v in kept.items() if k in bar}, prog_bar=True)
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's training scores and start counting anew."""
         self._log_scores("train", keys=("loss", "acc"))
-        self.tally("train").reset()
+        self.reset("train")
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
-        self.tally("val").reset()
+        self.reset("val")
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation scores."""
@@ -172,7 +195,7 @@ class ExpressionModule(LightningModule, abc.ABC):
 
     def on_test_epoch_start(self) -> None:
         """Start counting anew."""
-        self.tally("test").reset()
+        self.reset("test")
 
     def on_test_epoch_end(self) -> None:
         """Log the test scores."""

@@ -4,18 +4,25 @@ Y. Lin, "Research on Vision Transformer Facial Expression Recognition Algorithm 
 Academic Journal of Computing and Information Science 8(6), 2025, 13-18. In the paper's order: ResNet-50, residual
 attention on its last two maps, deconvolution and fusion, efficient multi-scale attention, convolution with dropout,
 transformer. What the paper leaves open follows TransFER (arXiv 2108.11116). 83,509,367 parameters at 7 classes.
+
+With ``detection`` the patch tokens also find faces, as the paper's figure 3 shows them: ten anchor shapes, five loss
+terms. The paper says no more about it; the rest is a one-level detector in the manner of YOLO (`fer.models.detection`).
+910,456 parameters more.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fer.errors import UserError
+from fer.layers.anchors import anchor_shapes
 from fer.layers.ema_attention import EMAttention
 from fer.layers.local_attention import ResidualAttention
 from fer.layers.score_attention import ResidualScoreEncoder
-from fer.models.base import ExpressionModule, ModuleOptions
+from fer.models.base import Batch
+from fer.models.detection import DetectionHead, DetectionLoss, DetectorOptions, FaceDetector, Faces, KnownFaces
 from fer.models.pretrained import timm_network
 
 VIT = "vit_base_patch16_224.augreg_in1k"
@@ -37,6 +44,9 @@ class ResAttnViTNetwork(nn.Module):
         dim: Of the tokens.
         hidden: Of the head.
         dropout: After the convolution, and before the classifier.
+
+    Attributes:
+        detection: Finds faces in the patch tokens, or None; plays no part in the image's logits.
     """
 
     def __init__(
@@ -73,6 +83,7 @@ class ResAttnViTNetwork(nn.Module):
         self.encoder = encoder
         self.head = nn.Sequential(nn.Linear(dim, hidden), nn.GELU())
         self.classifier = nn.Sequential(nn.Dropout(dropout[1]), nn.Linear(hidden, num_classes))
+        self.detection: DetectionHead | None = None
 
     def forward_map(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> the fused local map (B, width, H/16, W/16)."""
@@ -98,8 +109,14 @@ class ResAttnViTNetwork(nn.Module):
         logits: Tensor = self.classifier(self.forward_features(image))
         return logits
 
+    def forward_both(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> logits (B, num_classes) and raw detections (B, N, num_classes + 5)."""
+        assert self.detection is not None
+        tokens = self.forward_tokens(image)
+        return self.classifier(self.head(tokens[:, 0])), self.detection(tokens[:, 1:])
 
-class ResAttnViT(ExpressionModule):
+
+class ResAttnViT(FaceDetector):
     """`ResAttnViTNetwork` on the bench.
 
     Args:
@@ -119,9 +136,16 @@ class ResAttnViT(ExpressionModule):
         conv_dropout: After the convolution.
         dropout: Before the classifier.
         backbone_lr: Learning rate of the backbone over the recipe's.
+        detection_grid: Cells of a side that predict faces; None: one per token; 1: the paper's literal 1x1x1024 tensor,
+            for images of one face.
+        anchors: Pairs of width and height in pixels of the input, or how many to find in the training part.
+        detection_loss: Loss of the faces; an image whose faces all show one expression adds the injected loss.
+        duplicate_iou: Overlap from which on the less confident of two faces is dropped.
+        max_faces: Faces kept of an image.
+        options: See `DetectorOptions`.
 
     Raises:
-        UserError: The image is not a multiple of 32 pixels.
+        UserError: The image is not a multiple of 32 pixels, or anchors are wanted and were not looked for.
     """
 
     network: ResAttnViTNetwork
@@ -143,7 +167,12 @@ class ResAttnViT(ExpressionModule):
         conv_dropout: float,
         dropout: float,
         backbone_lr: float,
-        **options: Unpack[ModuleOptions],
+        detection_grid: int | None,
+        anchors: int | list[list[float]],
+        detection_loss: DetectionLoss,
+        duplicate_iou: float,
+        max_faces: int,
+        **options: Unpack[DetectorOptions],
     ) -> None:
         super().__init__(**options)
         if self.image_size % 32:
@@ -155,11 +184,13 @@ class ResAttnViT(ExpressionModule):
             self.weights, dim = f"{self.weights} + {source}", VIT_DIM
         else:
             layers = ResidualScoreEncoder(dim, depth, heads, mlp_ratio)
+        grid = self.image_size // 16
+        self.detection_loss, self.duplicate_iou, self.max_faces = detection_loss, duplicate_iou, max_faces
         self.network = ResAttnViTNetwork(
             local,
             layers,
             self.num_classes,
-            grid=self.image_size // 16,
+            grid=grid,
             branches=branches,
             residual=residual,
             mad_p=mad_p,
@@ -169,11 +200,58 @@ class ResAttnViT(ExpressionModule):
             dropout=(conv_dropout, dropout),
         )
         self.backbone_lr = backbone_lr
+        if self.detection:
+            cells = grid if detection_grid is None else detection_grid
+            if not 1 <= cells <= grid:
+                raise UserError(f"model.detection_grid={detection_grid}: expected 1 to {grid} cells, or null")
+            if isinstance(anchors, int):
+                raise UserError(
+                    f"model.anchors={anchors} shapes have to be found in data: expected them as [[width, height], ...]"
+                )
+            shapes = [[float(side) for side in shape] for shape in anchors]
+            # Made last, so that with and without it all other weights begin the same.
+            self.network.detection = DetectionHead(dim, hidden, self.num_classes, shapes, cells, self.image_size)
+
+    @classmethod
+    def from_data(cls, options: Mapping[str, Any], data: Any) -> dict[str, Any]:
+        """The anchors, from the training part's faces.
+
+        Raises:
+            UserError: There are too few of them.
+        """
+        if not options["detection"] or not isinstance(options["anchors"], int):
+            return {}
+        sizes = torch.from_numpy(data.face_sizes("train"))
+        try:
+            shapes = anchor_shapes(sizes, options["anchors"])
+        except ValueError:
+            raise UserError(
+                f"model.anchors={options['anchors']} shapes cannot be found among the {len(sizes)} face boxes of the "
+                "training part: use data with more of them, fewer anchors, or model.detection=false"
+            ) from None
+        return {"anchors": [[round(side, 2) for side in shape] for shape in shapes.tolist()]}
 
     @property
     def cam_layer(self) -> nn.Module:
         """The fused map the transformer reads."""
         return self.network.conv
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """That of the image's label, or with detection that of its faces too."""
+        if not self.detection:
+            return super().loss(batch)
+        head = self.network.detection
+        assert head is not None
+        known = KnownFaces.of(batch)
+        logits, raw = self.network.forward_both(batch["image"])
+        return self.detection_loss(head, raw, known) + self.single_loss(logits, batch, known.single), logits
+
+    def find(self, image: Tensor) -> tuple[Tensor, list[Faces]]:
+        """One pass for the image's logits and its faces."""
+        head = self.network.detection
+        assert head is not None
+        logits, raw = self.network.forward_both(image)
+        return logits, head.faces(raw, self.duplicate_iou, self.max_faces)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The backbone at its own learning rate, the rest at the recipe's."""
