@@ -21,7 +21,7 @@ def confusion_figure(counts: Array, class_names: Sequence[str], title: str, stam
     counts = np.asarray(counts)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     k = len(class_names)
-    figure = Figure(figsize=(1.6 + 0.85 * k, 1.1 + 0.75 * k), layout="constrained")
+    figure = Figure(figsize=(1.6 + 0.85 * k, 1.1 + 0.75 * k), layout="compressed")
     axes = figure.subplots()
     picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i in range(k):
