@@ -4,7 +4,6 @@ A new architecture is tested as soon as its YAML exists; name a cheap variant of
 quick.
 """
 
-import copy
 import os
 import time
 
@@ -143,34 +142,6 @@ def test_low_precision(name):
     assert loss.dtype == torch.float32
     loss.backward()
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_exports_for_any_batch_size(name):
-    """The graph ONNX is made from holds for other batch sizes than the example's: no ``len(tensor)`` in a forward."""
-    module = shaken(cheap(name))
-    example, batch = images(2, module.image_size), images(3, module.image_size, seed=1)
-    program = torch.export.export(module.network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    with torch.inference_mode():
-        torch.testing.assert_close(program.module()(batch), module(batch), rtol=0, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_onnx_agrees(name, tmp_path):
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    module = shaken(cheap(name))
-    example = images(2, module.image_size)
-    path = str(tmp_path / "model.onnx")
-    dynamic = ({0: torch.export.Dim("batch")},)
-    torch.onnx.export(copy.deepcopy(module.network), (example,), path, dynamo=True, dynamic_shapes=dynamic)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    batch = images(5, module.image_size, seed=1)
-    (logits,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
-    with torch.inference_mode():
-        assert (torch.from_numpy(logits) - module(batch)).abs().max() < 1e-4
 
 
 # -- pre-trained weights ----------------------------------------------------------------------------------------------

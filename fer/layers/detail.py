@@ -27,8 +27,8 @@ class TokenAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """LN(x + W_O softmax(Q K^T / sqrt(D)) V)."""
-        attended = F.scaled_dot_product_attention(self.query(tokens), self.key(tokens), self.value(tokens))
-        result: Tensor = self.norm(tokens + self.out(attended))
+        q, k, v = (part(tokens)[:, None] for part in (self.query, self.key, self.value))  # ONNX wants a head dimension
+        result: Tensor = self.norm(tokens + self.out(F.scaled_dot_product_attention(q, k, v)[:, 0]))
         return result
 
 

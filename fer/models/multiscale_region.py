@@ -111,7 +111,7 @@ class MultiscaleRegionNetwork(nn.Module):
         left = (one[:, 0] + one[:, 2] <= middle)[:, None]
         eyes = torch.stack([torch.where(left, one, other), torch.where(left, other, one)], dim=1)
         has_pair = torch.stack([has_one, has_other], dim=1)
-        has_eyes = torch.where(left, has_pair, has_pair.flip(1))
+        has_eyes = (has_pair & left) | (has_pair.flip(1) & ~left)
 
         nose, has_nose = best(NOSE, inside(NOSE))
         mouth, has_mouth = best(MOUTH, inside(MOUTH))
