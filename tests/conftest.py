@@ -31,10 +31,10 @@ TINY = [
 ]
 
 
-def composed(*overrides: str) -> DictConfig:
-    """The config of a command line, its `hydra:` values resolvable."""
+def composed(*overrides: str, command: str = "train") -> DictConfig:
+    """The config of a command line of ``fer.<command>``, its `hydra:` values resolvable."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", list(overrides), return_hydra_config=True)
+        config = compose(command, list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(config)
     GlobalHydra.instance().clear()
     del_hydra = config.copy()

@@ -27,6 +27,8 @@ MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
+NO_FILE = "no such file"  # a `BadImage.reason`
+
 # Pictures people keep in class folders that the rule above does not read: worth a line in the report, unlike notes.txt.
 _OTHER_PICTURES = (".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2")
 _ORIENTATION = 0x0112
@@ -69,7 +71,7 @@ def read_image(path: Path) -> Pixels:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        raise BadImage(path, "no such file" if isinstance(error, FileNotFoundError) else str(error)) from error
+        raise BadImage(path, NO_FILE if isinstance(error, FileNotFoundError) else str(error)) from error
     if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for ever
         raise BadImage(path, "not a regular file")
     if status.st_size == 0:
