@@ -137,7 +137,7 @@ class BatchAugment:
             shift = shift + (u[:, 15:17] * 2 - 1) * (1 - part[:, None]) * (crop / side)
             reach = reach * part
         cos, sin = angle.cos() * reach, angle.sin() * reach
-        turn = torch.stack([cos * flip, -sin, sin * flip, cos], dim=-1).unflatten(-1, (2, 2))
+        turn = torch.stack([cos * flip, -sin, sin * flip, cos], dim=-1).view(-1, 2, 2)
         return torch.cat([turn, shift[:, :, None]], dim=-1)
 
     def _light(self, image: Tensor, u: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class BatchAugment:
 
 def _turned(image: Tensor, grey: Tensor, angle: Tensor) -> Tensor:
     """(B, 3, H, W) with the colours turned by (B, 1, 1, 1) radians in the plane of BT.601's U and V."""
-    red, _, blue = image.split(1, dim=1)
+    red, blue = image[:, :1], image[:, 2:]
     u, v = 0.492 * (blue - grey), 0.877 * (red - grey)
     cos, sin = angle.cos(), angle.sin()
     u, v = cos * u - sin * v, sin * u + cos * v

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fer.data.manifest import MIRROR, Array, Manifest
 
-BOXES = ("box", "organ_boxes", "face_boxes")
+BOXES = ("box", "organ_boxes", "face_boxes", "face_organ_boxes")
 PLACES = (*BOXES, "landmarks")
 _ORGANS_MIRRORED = (1, 0, 2, 3)  # left eye and right eye change places
 
@@ -47,7 +47,7 @@ def inverse(matrix: Tensor) -> Tensor:
     (a, b, x), (c, d, y) = (row.unbind(-1) for row in matrix.unbind(-2))
     det = a * d - b * c
     rows = [d, -b, b * y - d * x, -c, a, c * x - a * y]
-    return torch.stack([value / det for value in rows], dim=-1).unflatten(-1, (2, 3))
+    return torch.stack([value / det for value in rows], dim=-1).view(-1, 2, 3)
 
 
 def follow(batch: Mapping[str, Tensor], matrix: Tensor, size: int) -> dict[str, Tensor]:
@@ -69,9 +69,9 @@ def follow(batch: Mapping[str, Tensor], matrix: Tensor, size: int) -> dict[str, 
         if key not in batch:
             continue
         values = batch[key]
-        if key in ("organ_boxes", "landmarks"):
-            order = _ORGANS_MIRRORED if key == "organ_boxes" else MIRROR[values.shape[1]]
-            values = torch.where(mirrored[:, None, None], values[:, list(order)], values)
+        if key in ("organ_boxes", "face_organ_boxes", "landmarks"):
+            order = MIRROR[values.shape[1]] if key == "landmarks" else _ORGANS_MIRRORED
+            values = torch.where(mirrored.view(-1, *(1,) * (values.ndim - 1)), values[..., list(order), :], values)
         centre = _turned(matrix[:, :, :2], values[..., :2]) + matrix[:, :, 2].view(-1, *(1,) * (values.ndim - 2), 2)
         if key == "landmarks":
             inside = (centre.abs() <= 1).all(-1, keepdim=True)

@@ -53,7 +53,7 @@ class RandAugment:
             cos, sin = amount["rotate"].cos(), amount["rotate"].sin()
             rows = [cos, amount["shear_x"] - sin, amount["translate_x"]]
             rows += [amount["shear_y"] + sin, cos, amount["translate_y"]]
-            first = torch.stack(rows, dim=-1).unflatten(-1, (2, 3))
+            first = torch.stack(rows, dim=-1).view(-1, 2, 3)
             # Their product, written out: a batched one rounds by the batch size.
             turned = (source[:, :, :2, None] * first[:, None]).sum(2)
             source = torch.cat([turned[:, :, :2], turned[:, :, 2:] + source[:, :, 2:]], dim=2)
@@ -94,8 +94,8 @@ def luma(image: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 1, H, W): BT.601 luma of three channels, a single channel itself."""
     if image.shape[1] == 1:
         return image
-    red, green, blue = image.split(1, dim=1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
+    grey: Tensor = 0.299 * image[:, :1] + 0.587 * image[:, 1:2] + 0.114 * image[:, 2:]
+    return grey
 
 
 def blended(other: Tensor, image: Tensor, share: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fer.data.posing import Geometry, geometry
 from fer.data.synthetic import CLASSES, GENERATOR, LAST_DIGITS, PART_SIZE, check_drawing
 from fer.errors import UserError
 
-VERSION = 1  # raise when the same options give other scenes
+VERSION = 2  # raise when the same options give other scenes
 SIDE = 224  # the side that face sizes are given for
 MOST = 4  # faces of a scene
 _OVERLAP = 0.1  # of two face boxes, as a share of the smaller one; bounds their IoU too
@@ -34,6 +34,7 @@ class _Pasted:
         index: number of that drawing.
         size: side in pixels of that drawing.
         corner: (2,) where its upper left corner lies in the scene, whole pixels.
+        box: (4,) x, y, width, height of the face in the scene.
         label: index of the expression.
     """
 
@@ -41,14 +42,15 @@ class _Pasted:
     index: int
     size: int
     corner: Array
+    box: Array
     label: int
 
 
 class Scenes(ExpressionDataModule):
     """Drawn faces pasted on generated backgrounds.
 
-    A scene's label, box, landmarks and organ boxes are those of its largest face; ``face_boxes`` and ``face_labels``
-    hold all of them, the largest first. No face box covers more than a tenth of another one.
+    A scene's label, box, landmarks and organ boxes are those of its largest face; ``face_boxes``, ``face_labels`` and
+    ``face_organ_boxes`` hold those of all, the largest first. No face box covers more than a tenth of another one.
 
     Args:
         classes: 7 (the basic ones) or 8 (with contempt).
@@ -121,16 +123,18 @@ class Scenes(ExpressionDataModule):
         n = len(item)
         boxes = np.full((n, MOST, 4), np.nan, dtype=np.float32)
         labels = np.full((n, MOST), -1, dtype=np.int64)
-        landmarks, organs = np.empty((n, 5, 2), dtype=np.float32), np.empty((n, 4, 4), dtype=np.float32)
+        landmarks = np.empty((n, 5, 2), dtype=np.float32)
+        organs = np.full((n, MOST, 4, 4), np.nan, dtype=np.float32)
         count = np.empty(n, dtype=np.int64)
         for row, name in enumerate(item):
             scene = self._scene(name)
             count[row] = len(scene)
             for f, face in enumerate(scene):
-                _, five, box, parts = annotations(face.placed, face.size)
-                boxes[row, f], labels[row, f] = box + _shift(face.corner), face.label
+                _, five, _, parts = annotations(face.placed, face.size)
+                boxes[row, f], labels[row, f] = face.box, face.label
+                organs[row, f] = parts + _shift(face.corner)
                 if f == 0:
-                    landmarks[row], organs[row] = five + face.corner, parts + _shift(face.corner)
+                    landmarks[row] = five + face.corner
         return Manifest(
             item=np.array(item, dtype=str),
             label=labels[:, 0],
@@ -139,9 +143,10 @@ class Scenes(ExpressionDataModule):
             form="drawn",
             box=boxes[:, 0],
             landmarks=landmarks,
-            organ_boxes=organs,
+            organ_boxes=organs[:, 0],
             face_boxes=boxes,
             face_labels=labels,
+            face_organ_boxes=organs,
             attributes={"faces": count.astype(str)},
             warnings=("a scene shows several people: only the official parts (protocol=official) keep people apart",),
         )
@@ -152,7 +157,8 @@ class Scenes(ExpressionDataModule):
             canvas = backdrop(stream(self.image_seed, BACKDROP, self._number(name)), self.store_size)
             for face in self._scene(name):
                 self._paste(canvas, face)
-            yield cv2.cvtColor(canvas, cv2.COLOR_RGB2GRAY) if self.channels == 1 else canvas
+            grey: Image = cv2.cvtColor(canvas, cv2.COLOR_RGB2GRAY)  # type: ignore[assignment]
+            yield grey if self.channels == 1 else canvas
 
     def _number(self, name: str) -> int:
         part, _, number = name.partition("/")
@@ -163,10 +169,9 @@ class Scenes(ExpressionDataModule):
         part, number = name.partition("/")[0], self._number(name)
         rng = stream(self.image_seed, SCENE, number)
         people = [s for s in range(self.subjects) if s % 10 in LAST_DIGITS[part]]
-        low, high = self.face_size
+        (low, high), (weakest, strongest) = self.face_size, self.intensity
         sides = np.sort(rng.uniform(low, high, rng.integers(self.faces[0], self.faces[1] + 1)))[::-1]
         out: list[_Pasted] = []
-        taken: list[Array] = []
         for f, side in enumerate(sides * (self.store_size / SIDE)):
             index, label = MOST * number + f, int(rng.integers(len(self.expressions)))
             placed = geometry(
@@ -174,7 +179,7 @@ class Scenes(ExpressionDataModule):
                 index,
                 expression=self.expressions[label],
                 subject=people[int(rng.integers(len(people)))],
-                intensity=0.0 if self.expressions[label] == "neutral" else float(rng.uniform(*self.intensity)),
+                intensity=0.0 if self.expressions[label] == "neutral" else float(rng.uniform(weakest, strongest)),
                 **self.conditions,
             )
             size = round(side / placed.box[2:].max())
@@ -182,11 +187,11 @@ class Scenes(ExpressionDataModule):
             # All random numbers of a face are drawn whether or not it finds a place: the next one is the same.
             for corner in np.rint(rng.random((_TRIES, 2)) * (self.store_size - box[2:]) - box[:2]):
                 here = box + _shift(corner)
-                if all(_shared(here, other) < _OVERLAP for other in taken):
-                    taken.append(here)
-                    out.append(_Pasted(placed, index, size, corner.astype(int), label))
+                if all(_shared(here, other.box) < _OVERLAP for other in out):
+                    out.append(_Pasted(placed, index, size, corner.astype(int), here, label))
                     break
-        return out
+        # A face cut by its drawing's border is a little smaller than it was meant to be.
+        return sorted(out, key=lambda face: -face.box[2:].max())
 
     def _paste(self, canvas: Image, face: _Pasted) -> None:
         """Cut the head out of its drawing and lay it over the scene."""
@@ -206,7 +211,7 @@ class Scenes(ExpressionDataModule):
 
 def backdrop(rng: np.random.Generator, size: int) -> Image:
     """(size, size, 3) uint8: a gradient, textures of three grains, and clutter of boxes and ellipses of any colour."""
-    scene = cv2.resize(rng.uniform(0, 255, (2, 2, 3)), (size, size), interpolation=cv2.INTER_LINEAR)
+    scene: Array = cv2.resize(rng.uniform(0, 255, (2, 2, 3)), (size, size), interpolation=cv2.INTER_LINEAR)
     for cells in (4, 12, 48):
         grain = rng.normal(0, rng.uniform(0, 30), (cells, cells, 3)) * rng.uniform(0, 1, 3)
         scene += cv2.resize(grain, (size, size), interpolation=cv2.INTER_CUBIC)

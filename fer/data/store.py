@@ -170,7 +170,7 @@ def _build(
                 # No pixels to compare: every unreadable image is its own group.
                 copies[row] = row
             else:
-                x, y, width, height = windows[row] = window(*image.shape[:2], boxes[row])
+                x, y, width, height = windows[row] = window(image.shape[0], image.shape[1], boxes[row])
                 image = image[y : y + height, x : x + width]
                 copies[row] = pixel_hash(image)
                 images[row] = fit(image, size, channels)

@@ -88,13 +88,13 @@ class PerImage:
         far = image.shape[0] - 1
         corners = np.array([(0, 0), (far, 0), (0, far), (far, far)], dtype=np.float64)
         out = self.pipeline(image=image, keypoints=corners)
-        size = np.array(out["image"].shape[1::-1])
-        corner, right, down, opposite = (np.asarray(out["keypoints"], dtype=np.float64) * 2 + 1) / size - 1
-        if np.abs(right + down - corner - opposite).max() > 0.01:
+        moved = (np.asarray(out["keypoints"], dtype=np.float64) * 2 + 1) / out["image"].shape[1::-1] - 1
+        if len(moved) < 4 or np.abs(moved[1] + moved[2] - moved[0] - moved[3]).max() > 0.01:
             raise UserError(
                 "augment.per_image: a transform bends the image, which boxes and landmarks cannot follow; use affine "
                 "ones only (flips, crops, rotation, zoom, shift, shear)"
             )
+        corner, right, down, _ = moved
         # The outermost pixels' centres lie at -far / (far + 1) and its opposite.
         reach = far / (far + 1)
         linear = np.stack([right - corner, down - corner], axis=1) / (2 * reach)

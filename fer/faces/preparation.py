@@ -15,7 +15,6 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fer.data.base import ExpressionDataModule, Image
-from fer.data.images import BadImage, read_image
+from fer.data.images import BadImage
 from fer.data.manifest import Manifest
 from fer.errors import UserError
 from fer.faces.align import GEOMETRY, align, five_points
@@ -132,7 +131,7 @@ class Preparation:
         self.folder = self._claim()
         self.faces = Table(self.folder / "manifest.csv", FACES)
         self.no_face = Table(self.folder / "no_face.csv", NO_FACE)
-        self.sources, self.on_disk = _sources(self.data, self.manifest)
+        self.sources = _sources(self.data, self.manifest)
         pending = [row for row in range(len(self.items)) if not self._done(row)]
         kept = set(self.items) - {self.items[row] for row in pending}
         stale = (self.faces.rows.keys() | self.no_face.rows.keys()) - kept
@@ -205,7 +204,7 @@ class Preparation:
         with Progress(*columns, TextColumn("{task.fields[note]}")) as progress:
             task = progress.add_task("", total=len(rows), note="")
             without = 0
-            for row, image in self._pictures(rows):
+            for row, image in zip(rows, self.data.images(self.manifest, np.array(rows)), strict=True):
                 fields = self._same(row)
                 found = UNREADABLE + image.reason if isinstance(image, BadImage) else self._cut(row, image)
                 if isinstance(found, str):
@@ -219,18 +218,6 @@ class Preparation:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_bytes(path, _png(crop))
                 progress.update(task, advance=1, note=f"{without} without a face" if without else "")
-
-    def _pictures(self, rows: list[int]) -> Iterator[tuple[int, Image | BadImage]]:
-        """Whole pictures: files as they are, since readers may cut them to a box; the rest as the reader gives them."""
-        for row in rows:
-            if self.on_disk[row]:
-                try:
-                    yield row, read_image(Path(self.data.root) / self.items[row])
-                except BadImage as bad:
-                    yield row, bad
-        others = np.array([row for row in rows if not self.on_disk[row]], dtype=np.int64)
-        if len(others):
-            yield from zip(others.tolist(), self.data.images(self.manifest, others), strict=True)
 
     def _cut(self, row: int, image: Image) -> tuple[Image, Row] | str:
         """The crop and how it was cut, or the reason why there is none."""
@@ -286,8 +273,8 @@ class Preparation:
             table.path = target / table.path.name
 
 
-def _sources(data: ExpressionDataModule, manifest: Manifest) -> tuple[list[str], list[bool]]:
-    """What tells that a picture's source has changed, and whether it is a file under the root.
+def _sources(data: ExpressionDataModule, manifest: Manifest) -> list[str]:
+    """What tells that a picture's source has changed.
 
     Size and modification time of a file; the whole source's fingerprint for a row of a table or a drawn picture.
     """
@@ -300,7 +287,7 @@ def _sources(data: ExpressionDataModule, manifest: Manifest) -> tuple[list[str],
             sources.append("")
     on_disk = [data.on_disk and bool(source) for source in sources]
     whole = "" if all(on_disk) else data.source_fingerprint()[:16]
-    return [source if there else whole for source, there in zip(sources, on_disk, strict=True)], on_disk
+    return [source if there else whole for source, there in zip(sources, on_disk, strict=True)]
 
 
 def _png(crop: Image) -> bytes:
