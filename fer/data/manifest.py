@@ -20,7 +20,7 @@ PARTS: tuple[Part, ...] = ("train", "val", "test")
 Array = np.ndarray[Any, Any]
 _OPTIONAL = (
     *("subject", "sequence", "fold", "soft", "valence_arousal"),
-    *("box", "landmarks", "organ_boxes", "face_boxes", "face_labels"),
+    *("box", "landmarks", "organ_boxes", "face_boxes", "face_labels", "face_organ_boxes"),
 )
 # For 5 and for 68 landmarks: index of the landmark each one becomes when the image is mirrored.
 MIRROR = {
@@ -58,6 +58,7 @@ class Manifest:
         face_boxes: (N, F, 4) float32, boxes of all labelled faces where an image has several, filled up with NaN, or
             None.
         face_labels: (N, F) int64, index into ``class_names`` of each of them, filled up with -1, or None.
+        face_organ_boxes: (N, F, 4, 4) float32, organ boxes of each of them, filled up with NaN, or None.
         valence_arousal: (N, 2) float32 in [-1, 1], NaN where not annotated, or None.
         attributes: further per-image facts for subgroup results (``gender``, ``age`` ...), each (N,) str.
         skipped: (item, reason) of what the source lists but the manifest leaves out.
@@ -82,6 +83,7 @@ class Manifest:
     organ_boxes: Array | None = None
     face_boxes: Array | None = None
     face_labels: Array | None = None
+    face_organ_boxes: Array | None = None
     valence_arousal: Array | None = None
     attributes: dict[str, Array] = field(default_factory=dict)
     skipped: tuple[tuple[str, str], ...] = ()
