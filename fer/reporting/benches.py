@@ -8,8 +8,10 @@ from typing import Any
 from fer.reporting.groups import NAMED, Group, Key, differences
 
 # Options of conf/data/_common.yaml: how images are shown to the network, not which images they are.
-SHOWN = ("image_size", "mean", "std", "batch_size", "eval_batch_size", "resident", "on_bad_image", "sampling", "tta")
-SHOWN += ("augment", "store_size", "channels", "class_names", "store_augment")
+SHOWN = (
+    *("image_size", "mean", "std", "batch_size", "eval_batch_size", "resident", "on_bad_image", "sampling", "tta"),
+    *("augment", "store_size", "channels", "class_names"),
+)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fer.metrics import Array, expected_calibration_error
 from fer.reporting.benches import Bench
@@ -118,7 +119,7 @@ def curves(tables: Sequence[pd.DataFrame], best: Sequence[int], stamps: Sequence
                 axes.axvline(value + 1, ymax=0.035, color=INK, linewidth=0.9)
             axes.set_title(title)
             axes.set_xlabel("epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.legend(frameon=False, fontsize=7.5, handlelength=1.2, loc="best")
         figure.subplots_adjust(left=0.065, right=0.99, top=0.9, bottom=0.19, wspace=0.16)
         _stamped(figure, stamps, 110)
@@ -136,7 +137,7 @@ def reliability(bins: Array, stamps: Sequence[str]) -> str:
     used = count > 0
     edges = np.linspace(0, 1, len(bins) + 1)
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=(2.5, 2.3))
+        figure = Figure(figsize=(3.0, 2.9))
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         upper.plot([0, 1], [0, 1], color=PALE, linewidth=1)
         x, y = confidence[used] / count[used], correct[used] / count[used]
@@ -146,6 +147,6 @@ def reliability(bins: Array, stamps: Sequence[str]) -> str:
         lower.bar(edges[:-1], count / max(count.sum(), 1), 1 / len(bins), align="edge", color=PALE)
         lower.set(xlabel="confidence", yticks=())
         lower.spines["left"].set_visible(False)
-        figure.subplots_adjust(left=0.13, right=0.96, top=0.9, bottom=0.19, hspace=0.12)
+        figure.subplots_adjust(left=0.11, right=0.97, top=0.92, bottom=0.15, hspace=0.12)
         _stamped(figure, stamps, 42)
     return svg(figure)

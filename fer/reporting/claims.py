@@ -134,11 +134,6 @@ class Beside:
     claim: Claim
     group: Group | None
 
-    @property
-    def gap(self) -> float | None:
-        """Measured minus claimed accuracy, in points."""
-        return None if self.group is None else 100 * self.group.interval("acc")[0] - self.claim.acc
-
 
 def beside(bench: Bench, claims: Sequence[Claim]) -> list[Beside]:
     """Every claim on a bench's data set, with each group of its model; claims with a measured group first."""

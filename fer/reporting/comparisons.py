@@ -115,14 +115,15 @@ def _pairs(a: Sequence[Side], b: Sequence[Side]) -> list[tuple[Side, Side]]:
     places = dict.fromkeys((side.group.data, side.group.protocol) for side in a)
     for place in places:
         here = [[side for side in sides if (side.group.data, side.group.protocol) == place] for sides in (a, b)]
+        if not all(here):
+            continue
         for sides in here:
             if len(sides) > 1:
                 raise UserError(
                     f"compare: {', '.join(side.name for side in sides)} are all {sides[0].group.model} on "
                     f"{', '.join(place)}; name one of them by its id"
                 )
-        if all(here):
-            pairs.append((here[0][0], here[1][0]))
+        pairs.append((here[0][0], here[1][0]))
     return pairs
 
 
@@ -215,16 +216,17 @@ def _on_one_part(a: Side, b: Side, resamples: int, seed: int) -> list[Verdict]:
     label[place_of] = np.concatenate([_answers(x).label for x, _ in pairs])
     n = f"{len(images):,} images" + (f", {len(pairs)} pairs of runs" if len(pairs) > 1 else "")
     for metric, by in (("acc", np.zeros_like(label)), ("mean_acc", label)):
-        out.append(verdict("paired bootstrap", metric, n, paired_bootstrap(*mean, by, resamples, seed)))
+        out.append(verdict("paired bootstrap", metric, n, paired_bootstrap(mean[0], mean[1], by, resamples, seed)))
 
     folds = _by_fold(pairs)
     if len(folds) > 1 and len(_rounds([members[0] for members in folds.values()])) == 1:
         ratio = np.mean([x.results["n"]["test"] / x.results["n"]["train"] for x, _ in pairs])
         for metric in METRICS:
-            d = [np.mean([_score(x, metric) - _score(y, metric) for x, y in members]) for members in folds.values()]
-            out.append(
-                verdict("corrected resampled t", metric, f"{len(d)} folds", corrected_t(np.array(d), float(ratio)))
-            )
+            d = [
+                float(np.mean([_score(x, metric) - _score(y, metric) for x, y in members]))
+                for members in folds.values()
+            ]
+            out.append(verdict("corrected resampled t", metric, f"{len(d)} folds", corrected_t(d, float(ratio))))
     return out
 
 

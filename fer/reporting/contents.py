@@ -9,7 +9,7 @@ import numpy as np
 
 from fer.metrics import scores
 from fer.reporting.benches import Bench
-from fer.reporting.claims import Beside
+from fer.reporting.claims import Beside, Claim
 from fer.reporting.comparisons import METRICS, Verdict
 from fer.reporting.groups import Group
 from fer.reporting.statistics import wilson_half_width
@@ -29,12 +29,12 @@ def results(bench: Bench) -> Table:
         half = wilson_half_width(acc[0], group.images)
         cells += [_runs(group), Cell(f"± {percent(half).text}", half)]
         rows.append(_row(bench, group, cells, _record(bench, group, half)))
-    columns = ["model", "accuracy, %", "95 % of runs", "mean class, %", "95 % of runs", "macro F1, %", "ECE, %"]
+    columns = ["model", "accuracy, %", "95 % interval", "mean class, %", "95 % interval", "macro F1, %", "ECE, %"]
     note = (
-        "Mean ± standard deviation over runs; 95 % of runs: Student's t interval of that mean. 95 % of images: half of "
-        "Wilson's interval for the number of test images; smaller differences are noise even between single runs."
+        "Mean ± standard deviation over runs, with Student's t interval of the mean. Last column: half of Wilson's "
+        "95 % interval of the accuracy for this number of test images, which no number of runs makes smaller."
     )
-    return Table(f"{bench.title}: results", [*columns, "runs", "95 % of images"], rows, note)
+    return Table(f"{bench.title}: results", [*columns, "runs", "± by images"], rows, note)
 
 
 def _row(bench: Bench, group: Group, cells: Sequence[Cell], record: dict[str, Any]) -> Row:
@@ -49,7 +49,7 @@ def _runs(group: Group) -> Cell:
     elif seeds > 1:
         text += f" ({seeds} seeds)"
     absent = len(group.unfinished) + len(group.missing)
-    return Cell(text + (f", {absent} missing" if absent else ""), len(group.runs))
+    return Cell(text + (f", {absent} not finished" if absent else ""), len(group.runs))
 
 
 def _record(bench: Bench, group: Group, half: float) -> dict[str, Any]:
@@ -84,26 +84,58 @@ def per_class(bench: Bench, claims: Sequence[Beside]) -> Table:
 
 
 def claimed(bench: Bench, claims: Sequence[Beside]) -> Table:
-    """Each claim, what was measured for it, and in what the protocols differ."""
+    """Each claim on a model that was run: what was measured, and in what the protocols differ."""
+    here = [(one.claim, one.group) for one in claims if one.group is not None]
+    by_class = any(claim.mean_acc is not None for claim, _ in here)
     rows = []
-    for one in claims:
-        claim, group = one.claim, one.group
-        measured = (math.nan,) * 4 if group is None else group.interval("acc")
-        measured_mean = (math.nan,) * 4 if group is None else group.interval("mean_acc")
-        differs = claim.remarks + ([] if group is None else claim.differences(group))
-        said = number(claim.mean_acc, 2).text
-        cells = [words(f"{claim.method} — {claim.paper}"), words("not run" if group is None else group.label)]
-        cells += [words(claim.protocol), words("; ".join(differs)), number(claim.acc, 2)]
-        cells += [mean_std(*measured[:2]), _signed(one.gap), Cell(said, claim.mean_acc), mean_std(*measured_mean[:2])]
-        record = {"bench": bench.title, "paper": claim.paper, "method": claim.method, "claimed_acc": claim.acc}
-        record |= {"claimed_mean_acc": claim.mean_acc, "group": "" if group is None else group.id}
-        record |= {"measured_acc": 100 * measured[0], "measured_mean_acc": 100 * measured_mean[0], "gap": one.gap}
-        record |= {"paper_protocol": claim.protocol, "differences": "; ".join(differs), "void": claim.void or ""}
-        stamps = [] if group is None else group.stamps
-        rows.append(Row(cells, record, stamps, group is None, "" if group is None else group.id))
-    columns = ["method and paper", "measured by", "the paper's protocol", "differs from ours"]
-    columns += ["claimed, %", "measured, %", "points", "claimed mean class, %", "measured mean class, %"]
-    return Table(f"{bench.title}: what papers claim", columns, rows, left=4)
+    for claim, group in here:
+        acc, mean_acc = (group.interval(metric) for metric in METRICS)
+        gap = 100 * acc[0] - claim.acc
+        differs = "; ".join([*claim.remarks, *claim.differences(group)])
+        cells = [words(f"{claim.method}, {claim.paper}"), words(group.label), words(differs)]
+        cells += [number(claim.acc, 2), mean_std(*acc[:2]), _signed(gap)]
+        cells += [number(claim.mean_acc, 2), mean_std(*mean_acc[:2])] if by_class else []
+        record = _claim_record(bench, claim) | {"group": group.id, "measured_acc": 100 * acc[0], "gap": gap}
+        record |= {"measured_mean_acc": 100 * mean_acc[0], "differences": differs}
+        rows.append(_row(bench, group, cells, record))
+    columns = ["method and paper", "measured by", "the protocols differ in", "claimed, %", "measured, %", "points"]
+    columns += ["claimed mean class, %", "measured mean class, %"] if by_class else []
+    return Table(f"{bench.title}: claimed and measured", columns, rows, left=3)
+
+
+def not_run(bench: Bench, claims: Sequence[Beside]) -> Table:
+    """Claims on the data set that no group was measured for, with the paper's protocol."""
+    rows = []
+    for claim in (one.claim for one in claims if one.group is None):
+        remarks = "; ".join([*claim.remarks, claim.protocol])
+        cells = [
+            words(f"{claim.method}, {claim.paper}"),
+            words(remarks),
+            number(claim.acc, 2),
+            number(claim.mean_acc, 2),
+        ]
+        rows.append(Row(cells, _claim_record(bench, claim)))
+    columns = ["method and paper", "the paper's protocol", "claimed, %", "claimed mean class, %"]
+    return Table(f"{bench.title}: claims on models not run here", columns, rows, left=2)
+
+
+def _claim_record(bench: Bench, claim: Claim) -> dict[str, Any]:
+    record = {"bench": bench.title, "paper": claim.paper, "method": claim.method, "claimed_acc": claim.acc}
+    record |= {"claimed_mean_acc": claim.mean_acc, "paper_protocol": claim.protocol, "void": claim.void or ""}
+    return record
+
+
+def confusion(group: Group) -> Table:
+    """Counts summed over all runs of a group, and per cent of the row; rows are labels."""
+    rows = []
+    for name, counts in zip(group.classes, group.confusion, strict=True):
+        total = int(counts.sum())
+        cells = [Cell(f"{n:,} ({100 * n / max(total, 1):.1f} %)", float(n / max(total, 1))) for n in counts]
+        record = {"group": group.id, "label": name, **dict(zip(group.classes, counts.tolist(), strict=True))}
+        rows.append(Row([words(name), *cells, number(total, 0)], record))
+    n = len(group.runs)
+    title = f"{group.label} on {group.data}: all test predictions of {n} run{'s' if n > 1 else ''}, counts and row %"
+    return Table(title, ["label \\ predicted", *group.classes, "images"], rows)
 
 
 def _signed(value: float | None) -> Cell:
@@ -219,7 +251,14 @@ def compared(verdicts: Sequence[Verdict]) -> Table:
         d = one.outcome
         cells = [words(one.a), words(one.b), words(one.data), words(one.test), words(METRICS[one.metric]), words(one.n)]
         cells += [_signed(100 * d.difference), _points(d.low, d.high), _p(d.p), _p(one.p_holm)]
-        record = {"a": one.a, "b": one.b, "data": one.data, "test": one.test, "metric": one.metric, "n": one.n}
+        record: dict[str, Any] = {
+            "a": one.a,
+            "b": one.b,
+            "data": one.data,
+            "test": one.test,
+            "metric": one.metric,
+            "n": one.n,
+        }
         record |= {"difference": d.difference, "low": d.low, "high": d.high, "p": d.p, "p_holm": one.p_holm}
         rows.append(Row(cells, record, one.stamps))
     note = (

@@ -6,6 +6,8 @@ and for different folds test parts that share no image or are the same. What doe
 the report says so. Of runs with the same fold and seed the newest counts.
 """
 
+import hashlib
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -97,7 +99,8 @@ class Group:
     @cached_property
     def confusion(self) -> Array:
         """(K, K) counts summed over all runs."""
-        return np.sum([run.results["confusion"]["test"] for run in self.runs], axis=0)
+        counts: Array = np.sum([run.results["confusion"]["test"] for run in self.runs], axis=0)
+        return counts
 
     @cached_property
     def bins(self) -> Array:
@@ -213,6 +216,7 @@ def differences(all_settings: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _short(name: str, value: Any) -> str:
+    name = re.sub(r"^(data|model)\.(?=(augment|protocol|loss|optim)\b)", "", name)  # as one types it
     if name.endswith("_target_"):
         return f"{name.rpartition('.')[0]}={str(value).rpartition('.')[2]}"
     return f"{name}={value}"
@@ -226,8 +230,12 @@ def _name(groups: list[Group]) -> None:
     for members in alike.values():
         for group, differs in zip(members, differences([g.settings for g in members]), strict=True):
             group.differs = differs + ([group.refused] if group.refused else [])
-    used: Counter[str] = Counter()
     for group in groups:
-        stem = re.sub(r"[^a-z0-9_]+", "-", f"{group.data}-{group.model}-{group.protocol.split(',')[0]}".lower())
-        used[stem] += 1
-        group.id = stem if used[stem] == 1 else f"{stem}-{used[stem]}"
+        name = f"{group.data}-{group.model}-{group.protocol.split(',')[0]}".lower()
+        group.id = re.sub(r"[^a-z0-9_]+", "-", name)
+    count = Counter(group.id for group in groups)
+    for group in groups:
+        if count[group.id] > 1:
+            prints = [run.results["split_fingerprint"] for run in group.runs[:1]]
+            mark = hashlib.sha256(json.dumps([group.settings, prints], sort_keys=True).encode()).hexdigest()
+            group.id += f"-{mark[:4]}"

@@ -1,0 +1,97 @@
+"""``python -m fer.report``: from run folders to tables, pictures and one page.
+
+python -m fer.report runs=outputs                                    everything under outputs
+python -m fer.report runs=outputs compare=[convcut,cbam_resnet]      with significance tests
+"""
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fer.config import CONF, check_command_line, guarded, refuse_unsafe
+from fer.errors import UserError
+
+CONFIG = "report"
+
+
+def run(config: DictConfig) -> None:
+    """Write one report.
+
+    Raises:
+        UserError: anything the user can mend.
+    """
+    refuse_unsafe(config)
+    try:
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(f"the config does not resolve: {error}") from None
+    problems = _problems(plain)
+    if problems:
+        raise UserError("\n".join(problems))
+
+    from fer.reporting.claims import load_claims
+    from fer.reporting.collect import read_runs
+    from fer.reporting.comparisons import compare
+    from fer.reporting.groups import make_groups
+    from fer.reporting.publish import Options, write_report
+
+    roots = [Path(root) for root in _listed(plain["runs"])]
+    claims = load_claims(Path(plain["claims"] or CONF / "claims.yaml"))
+    runs = read_runs(roots)
+    groups = make_groups(runs)
+    selectors = _listed(plain["compare"] or [])
+    verdicts = compare(groups, selectors, plain["resamples"], plain["seed"]) if selectors else []
+    options = Options(
+        wrong_images=plain["wrong_images"],
+        thumbnails=plain["thumbnails"],
+        stores=[Path(store) for store in plain["stores"]],
+        root=Path(os.path.commonpath([root.absolute() for root in roots])),
+    )
+    output = Path(plain["output"])
+    write_report(output, runs, groups, claims, verdicts, options)
+    state = ", ".join(f"{n:,} {status}" for status, n in Counter(run.status for run in runs).most_common())
+    print(f"{len(runs):,} runs ({state}) in {len(groups):,} groups: {output / 'report.html'}")
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, list) else [str(value)]
+
+
+def _problems(plain: dict[str, Any]) -> list[str]:
+    problems = []
+    if plain["runs"] in (None, "", "???"):
+        problems.append("runs is missing: set runs=outputs, or another folder with run folders in it")
+    if not isinstance(plain["output"], str) or not plain["output"]:
+        problems.append(f"output={plain['output']}: expected a folder to write to")
+    if not isinstance(plain["resamples"], int) or plain["resamples"] < 100:
+        problems.append(f"resamples={plain['resamples']}: expected at least 100 bootstrap samples")
+    if not isinstance(plain["seed"], int) or plain["seed"] < 0:
+        problems.append(f"seed={plain['seed']}: expected a whole number from 0 on")
+    if not isinstance(plain["wrong_images"], int) or plain["wrong_images"] < 0:
+        problems.append(f"wrong_images={plain['wrong_images']}: expected a number of images, 0 or more")
+    if not isinstance(plain["thumbnails"], bool):
+        problems.append(f"thumbnails={plain['thumbnails']}: expected true or false")
+    if not isinstance(plain["stores"], list):
+        problems.append(f"stores={plain['stores']}: expected a list of folders, [] for none")
+    return problems
+
+
+@hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")
+def _job(config: DictConfig) -> None:
+    guarded(lambda: run(config))
+
+
+def main() -> None:
+    """The command."""
+    check_command_line(CONFIG, sys.argv[1:])
+    _job()
+
+
+if __name__ == "__main__":
+    main()
