@@ -117,9 +117,10 @@ def inspect(data: ExpressionDataModule) -> Report:
 def _wanted(data: ExpressionDataModule) -> tuple[Manifest, list[str]]:
     """The manifest without the classes that ``class_names`` leaves out, and a warning about each of them."""
     # Only what is reported on is kept: the landmarks of a large set are hundreds of megabytes.
-    needless: dict[str, Any] = dict.fromkeys(
-        ("soft", "landmarks", "organ_boxes", "face_boxes", "face_labels", "valence_arousal")
-    )
+    kept = ("subject", "sequence", "fold", "box", "official")
+    needless: dict[str, Any] = {
+        field.name: None for field in dataclasses.fields(Manifest) if field.default is None and field.name not in kept
+    }
     manifest = dataclasses.replace(data.manifest(), attributes={}, **needless)
     wanted = data.wanted_classes or list(manifest.class_names)
     counts = np.bincount(manifest.label, minlength=len(manifest.class_names))
