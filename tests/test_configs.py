@@ -10,7 +10,10 @@ ALL = sorted(path for path in CONF.rglob("*.yaml"))
 CHOICES = [
     f"{path.parent.name}={path.stem}"
     for path in ALL
-    if path.parent != CONF and not path.stem.startswith("_") and path.parent.parent == CONF
+    if path.parent != CONF
+    and not path.stem.startswith("_")
+    and path.parent.parent == CONF
+    and path.parent.name != "experiment"  # tests/test_experiments.py composes and runs those
 ]
 
 

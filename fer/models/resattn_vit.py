@@ -201,6 +201,7 @@ class ResAttnViT(FaceDetector):
         )
         self.backbone_lr = backbone_lr
         if self.detection:
+            self.takes_mixed = False  # the faces of blended scenes are not blended
             cells = grid if detection_grid is None else detection_grid
             if not 1 <= cells <= grid:
                 raise UserError(f"model.detection_grid={detection_grid}: expected 1 to {grid} cells, or null")
