@@ -17,7 +17,9 @@ from typing import Any
 
 from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -36,12 +38,15 @@ ALLOWED_MODULES = (
     r"lightning\.pytorch\.callbacks",
     r"albumentations",
     r"hydra\._internal\.core_plugins\.basic_(launcher|sweeper)",
-    r"hydra_plugins\.hydra_(joblib_launcher|submitit_launcher|ray_launcher|optuna_sweeper)\.[a-z_]+",
+    r"hydra_plugins\.hydra_(joblib|submitit|ray)_launcher\.(joblib|submitit|ray)_launcher",
+    r"hydra_plugins\.hydra_optuna_sweeper\.optuna_sweeper",
     r"optuna\.samplers",
 )
 _ALLOWED = re.compile(rf"(?P<module>{'|'.join(ALLOWED_MODULES)})\.(?P<name>[A-Z][A-Za-z0-9]*)")
 _ALLOWED_LOG_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter")
 _ALLOWED_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+# Options by which a launcher or sweeper would run commands or functions of its own.
+_STARTERS = ("setup", "runtime_env", "custom_search_space")
 
 
 def _walk(node: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
@@ -74,6 +79,10 @@ def unsafe_entries(config: DictConfig) -> list[str]:
             why = target_problem(value)
             if why:
                 problems.append(f"{path}._target_={value} is refused: {why}")
+        elif f"{path}.".startswith(("hydra.launcher.", "hydra.sweeper.")):
+            # A line break would end a line of the script that SLURM runs.
+            if (key in _STARTERS and value) or "\n" in f"{key}{value}":
+                problems.append(f"{path}.{key} is refused: prepare what a job needs before the command, not in it")
         elif "logging" in path.split(".")[0:2] or path.startswith(("hydra.job_logging", "hydra.hydra_logging")):
             # These go to logging.config.dictConfig, which calls what "()" or "class" names.
             bad_class = key == "class" and value not in _ALLOWED_LOG_CLASSES
@@ -83,6 +92,17 @@ def unsafe_entries(config: DictConfig) -> list[str]:
                     f"{path}.{key}={value} is refused: logging may use {', '.join(_ALLOWED_LOG_CLASSES)} only"
                 )
     return problems
+
+
+def _use_our_launchers() -> None:
+    """Let ``conf/hydra/launcher/ray.yaml`` and the like stand for what the plugins registered under the same names.
+
+    Hydra would otherwise take a plugin's entry for the schema of ours, which it warns about and for some refuses.
+    """
+    Plugins.instance()  # imports the plugins, which register themselves
+    registered = ConfigStore.instance().repo["hydra"]
+    for path in CONF.glob("hydra/*/*.yaml"):
+        registered[path.parent.name].pop(path.name, None)
 
 
 def compose_like_hydra(config_name: str, argv: list[str]) -> DictConfig:
@@ -95,6 +115,7 @@ def compose_like_hydra(config_name: str, argv: list[str]) -> DictConfig:
     if args.config_path or args.config_dir:
         # Both would let Hydra read another folder's YAML than the one checked here.
         raise UserError("--config-path and --config-dir are not used here; add files under conf/ or use overrides")
+    _use_our_launchers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         return loader.load_configuration(
@@ -112,6 +133,13 @@ def refuse_unsafe(config: DictConfig) -> None:
         raise UserError("\n".join(problems))
 
 
+def user_mistake(error: Exception) -> UserError | None:
+    """The mistake of the user's behind an exception, if that is what it is and ``FER_DEBUG=1`` is not set."""
+    # Hydra wraps what a constructor raises.
+    mistake = error.__cause__ if isinstance(error, InstantiationException) else error
+    return mistake if isinstance(mistake, UserError) and os.environ.get("FER_DEBUG") != "1" else None
+
+
 def guarded(command: Callable[[], Any]) -> Any:
     """Run a command; a user's mistake becomes its sentence and exit code 2, without a traceback.
 
@@ -120,16 +148,27 @@ def guarded(command: Callable[[], Any]) -> Any:
     try:
         return command()
     except (UserError, InstantiationException) as error:
-        # Hydra wraps what a constructor raises.
-        mistake = error if isinstance(error, UserError) else error.__cause__
-        if not isinstance(mistake, UserError) or os.environ.get("FER_DEBUG") == "1":
+        mistake = user_mistake(error)
+        if mistake is None:
             raise
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(USER_MISTAKE)
 
 
-def check_command_line(config_name: str, argv: list[str]) -> None:
-    """Compose and check before Hydra acts: exit 1 with Hydra's words for a mistyped option, 2 for a refused target."""
+def is_sweep(config: DictConfig, argv: list[str]) -> bool:
+    """Whether Hydra will take this command line for a multirun: ``-m``, or a group that says so, as ``sweep=`` does."""
+    args = get_args_parser().parse_args(argv)
+    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
+        return False
+    return bool(args.multirun or config.hydra.mode is RunMode.MULTIRUN)
+
+
+def check_command_line(config_name: str, argv: list[str]) -> DictConfig:
+    """Compose and check before Hydra acts: exit 1 with Hydra's words for a mistyped option, 2 for a refused target.
+
+    Returns:
+        The composition (see `compose_like_hydra`).
+    """
     if any(flag in argv for flag in ("--help", "-h", "--hydra-help", "--version")):
         argv = [word for word in argv if not word.startswith("-")]
     try:
@@ -138,6 +177,7 @@ def check_command_line(config_name: str, argv: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     guarded(lambda: refuse_unsafe(config))
+    return config
 
 
 def argument_problems(config: dict[str, Any]) -> list[str]:

@@ -72,7 +72,7 @@ def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", 
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     plain["data"]["root"] = str(Path(config.data.root).absolute()) if config.data.root else ""
     plain["data"]["cache"] = str(Path(config.data.cache).absolute())
-    key = job_key(plain, facts["fingerprint"])
+    key = job_key(plain, data.fingerprint())
     if resumed:
         key = folder.status()["job_key"]
     state = folder.begin(OmegaConf.create(plain), key, bool(config.fresh) and not resumed)

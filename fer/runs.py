@@ -19,7 +19,10 @@ from fer.errors import UserError
 PACKAGE = Path(__file__).parent
 State = Literal["new", "unfinished", "done"]
 # What does not change a run's figures: where things lie, how they are shown, whether to start over.
-NOT_IN_KEY = ("data.root", "data.cache", "logger", "group", "resume", "fresh", "trainer.enable_progress_bar")
+NOT_IN_KEY = (
+    *("data.root", "data.cache", "logger", "group", "job_type", "run_name", "tags", "resume", "fresh"),
+    "trainer.enable_progress_bar",
+)
 RECORDED_PACKAGES = ("torch", "torchvision", "lightning", "timm", "albumentations", "numpy", "opencv-python-headless")
 
 
@@ -97,15 +100,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def job_key(config: dict[str, Any], data_fingerprint: str) -> str:
-    """Hash of everything that determines a run's figures: resolved config without paths, data, code."""
+def without_paths(config: dict[str, Any]) -> str:
+    """A config as JSON without what `NOT_IN_KEY` names."""
     node = OmegaConf.create(config)
     for name in NOT_IN_KEY:
         parent, _, leaf = name.rpartition(".")
         holder = OmegaConf.select(node, parent) if parent else node
         if holder is not None and leaf in holder:
             del holder[leaf]
-    text = json.dumps(OmegaConf.to_container(node), sort_keys=True) + data_fingerprint + code_version()
+    return json.dumps(OmegaConf.to_container(node), sort_keys=True)
+
+
+def job_key(config: dict[str, Any], data_fingerprint: str) -> str:
+    """Hash of everything that determines a run's figures: resolved config without paths, data, code."""
+    text = without_paths(config) + data_fingerprint + code_version()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -134,6 +142,11 @@ class RunFolder:
     def predictions(self) -> Path:
         """A row per test image."""
         return self.path / "predictions.csv"
+
+    @property
+    def outcome(self) -> Path:
+        """What the last session of a sweep made of this job; only in sweeps."""
+        return self.path / "outcome.json"
 
     @property
     def best(self) -> Path:

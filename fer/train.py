@@ -2,11 +2,11 @@
 
 python -m fer.train                                  synthetic faces, no download
 python -m fer.train model=convcut data=rafdb         one network on one data set
+python -m fer.train sweep=cv5 model=convcut,dan      5 folds of each, and what they amount to
 python -m fer.train resume=outputs/rafdb-convcut/... go on where a run was stopped
 """
 
-import logging
-import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,32 +15,27 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fer.config import CONF, check_command_line, guarded, refuse_unsafe
+from fer.config import CONF, check_command_line, guarded, is_sweep, refuse_unsafe
 from fer.errors import UserError
 
 CONFIG = "train"
-log = logging.getLogger(__name__)
-_failed: list[str] = []  # folders of this sweep's failed jobs
 
 
 def run(config: DictConfig) -> float:
-    """One job: train, test, write the run folder; returns the validation monitor."""
+    """One run: train, test, write the run folder; returns the validation monitor."""
     from fer.experiment import run_experiment
 
-    return run_experiment(config, Path(HydraConfig.get().runtime.output_dir))
+    command = shlex.join(["python", "-m", "fer.train", *sys.argv[1:]])
+    return run_experiment(config, Path(HydraConfig.get().runtime.output_dir), command=command)
 
 
 @hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")
 def _job(config: DictConfig) -> float:
-    if HydraConfig.get().mode is not RunMode.MULTIRUN:
-        return float(guarded(lambda: run(config)))
-    try:
-        return run(config)
-    except Exception:
-        # One failing job must not stop the others; its folder's status.json keeps the error.
-        log.exception("job %s failed: %s", HydraConfig.get().job.num, HydraConfig.get().job.override_dirname)
-        _failed.append(HydraConfig.get().runtime.output_dir)
-        return math.nan
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        from fer import sweep
+
+        return sweep.job(config)
+    return float(guarded(lambda: run(config)))
 
 
 def resume(folder: Path) -> None:
@@ -65,16 +60,17 @@ def main() -> None:
     """The command."""
     words = sys.argv[1:]
     folders = [word.partition("=")[2] for word in words if word.startswith("resume=") and word != "resume=null"]
-    if not folders:
-        check_command_line(CONFIG, words)
-        _job()
-        if _failed:
-            print(f"error: {len(_failed)} jobs failed: {', '.join(_failed)}", file=sys.stderr)
-            sys.exit(1)
-    elif len(words) > 1:
+    if len(folders) == 1 == len(words):
+        guarded(lambda: resume(Path(folders[0])))
+    elif folders:
         guarded(lambda: _only_resume(words))
     else:
-        guarded(lambda: resume(Path(folders[0])))
+        config = check_command_line(CONFIG, words)
+        if is_sweep(config, words):
+            from fer import sweep
+
+            sys.exit(guarded(lambda: sweep.run(config, words, _job)))
+        _job()
 
 
 def _only_resume(words: list[str]) -> None:

@@ -248,11 +248,3 @@ def test_every_problem_of_a_config_is_named_at_once(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "model.widht" in done.stderr
     assert "trainer.epochs" in done.stderr or "takes" in done.stderr
-
-
-def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
-    words = [*TINY, "logger=csv", "trainer.max_epochs=1", "loss=soft,cross_entropy", "hydra.sweep.dir=sweep"]
-    done = train("-m", *words, cwd=tmp_path)
-    assert done.returncode == 1
-    states = [json.loads((tmp_path / "sweep" / str(job) / "status.json").read_text())["status"] for job in (0, 1)]
-    assert states == ["failed", "done"]

@@ -1,0 +1,290 @@
+"""A sweep: many jobs started by one command, each in its own folder, and what they amount to together.
+
+    command line -> plan (folder, jobs) -> Hydra's launcher runs `job` for each -> aggregate.json, aggregate.md, W&B
+
+The sweep's folder carries a hash of the sweep's config, so the same command finds its own jobs again: finished ones are
+skipped, unfinished ones continued. `run` lives in the process that was started; `job` runs wherever the launcher puts
+it and tells the rest only through files. Nothing here imports torch.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import shlex
+import socket
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from fer.config import CONF, user_mistake
+from fer.errors import UserError
+from fer.runs import RunFolder, job_key, read_json, without_paths, write_json, write_text
+
+log = logging.getLogger(__name__)
+FAILED, INTERRUPTED = 1, 130  # exit codes
+GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
+
+
+# -- before: where the sweep lives and which jobs it has ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one sweep command will do.
+
+    Attributes:
+        folder: the sweep's folder.
+        jobs: overrides of each job by its folder's name; None for a search, which draws them as it goes.
+        words: the command line for Hydra.
+        command: the command as it was typed.
+        fresh: finished jobs are run anew.
+    """
+
+    folder: Path
+    jobs: dict[str, list[str]] | None
+    words: list[str]
+    command: str
+    fresh: bool
+
+    def folders(self) -> list[RunFolder]:
+        """The jobs' folders; those that exist, for a search."""
+        if self.jobs is None:
+            return [RunFolder(path.parent.parent) for path in self.folder.rglob(".hydra/overrides.yaml")]
+        return [RunFolder(self.folder / name) for name in self.jobs]
+
+
+def plan(config: DictConfig, words: list[str]) -> Plan:
+    """Lay out a sweep without doing anything yet.
+
+    Args:
+        config: the command line's composition, ``hydra`` included, sweeps left open (`fer.config.compose_like_hydra`).
+        words: the command line.
+
+    Raises:
+        UserError: a launcher or sweeper that is not installed, several devices per job.
+    """
+    HydraConfig.instance().set_config(config)
+    _check_launcher(config)
+    check_devices(config)
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    task = [*params, *map(str, config.hydra.overrides.task)]
+    parser = OverridesParser.create(config_loader=ConfigLoaderImpl(create_config_search_path(str(CONF))))
+    parsed = {override.get_key_element(): override for override in parser.parse_overrides(task)}
+    swept = {key: override for key, override in parsed.items() if override.is_sweep_override()}
+    fixed = ["group", *(override.key_or_group for key, override in parsed.items() if key not in swept)]
+
+    plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+    sweeper = {**plain.pop("hydra")["sweeper"], "params": None}
+    axes = sorted(str(override.input_line) for override in swept.values())
+    digest = hashlib.sha256((without_paths(plain) + json.dumps([axes, sweeper], sort_keys=True)).encode())
+    name = f"{config.hydra.runtime.choices.sweep or 'sweep'}-{digest.hexdigest()[:8]}"
+    asked = any(word.startswith("hydra.sweep.dir=") for word in config.hydra.overrides.hydra)
+    folder = Path(config.hydra.sweep.dir if asked else f"outputs/sweeps/{name}").absolute()
+
+    jobs = None
+    style = config.hydra.job.config.override_dirname
+    if config.hydra.sweeper._target_ == GRID:
+        jobs = {}
+        for overrides in BasicSweeper.split_arguments(list(parsed.values()), None)[0]:
+            dirname = get_overrides_dirname(parser.parse_overrides(overrides), fixed, style.item_sep, style.kv_sep)
+            jobs[dirname or "job"] = overrides
+    typed = get_args_parser().parse_args(words).overrides
+    flags = words[: len(words) - len(typed)]
+    ours = [f"hydra.sweep.dir='{folder}'", f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"]
+    ours += [] if swept else ["hydra.sweep.subdir=job"]
+    return Plan(
+        folder=folder,
+        jobs=jobs,
+        # The group comes first, so that one that was typed beats it.
+        words=[*flags, f"group={folder.name}", *typed, *ours],
+        command=shlex.join(["python", "-m", "fer.train", *words]),
+        fresh=bool(config.fresh),
+    )
+
+
+def _check_launcher(config: DictConfig) -> None:
+    for what in ("launcher", "sweeper"):
+        target = str(config.hydra[what]._target_)
+        package = ".".join(target.split(".")[:2])
+        if target.startswith("hydra_plugins.") and importlib.util.find_spec(package) is None:
+            raise UserError(f"hydra/{what}: {package} is not installed; pip install 'fer-bench[sweeps]' brings it")
+    launcher = config.hydra.launcher
+    if launcher._target_ == RAY and launcher.ray.init.address is None and launcher.ray.remote.num_gpus:
+        import torch
+
+        if not torch.cuda.is_available():
+            # Ray would wait for one for ever.
+            raise UserError(
+                f"hydra.launcher.ray.remote.num_gpus={launcher.ray.remote.num_gpus}, but this machine has no GPU: "
+                "hydra.launcher.ray.remote.num_gpus=0 runs on its CPU"
+            )
+
+
+def check_devices(config: DictConfig) -> None:
+    """Refuse jobs over several devices: Hydra would start every rank as a sweep of its own.
+
+    Raises:
+        UserError: ``trainer.devices`` or ``trainer.num_nodes`` asks for more than one.
+    """
+    devices = config.trainer.devices
+    if isinstance(devices, str):
+        devices = [part for part in devices.split(",") if part] if "," in devices else devices
+        devices = int(devices) if isinstance(devices, str) and devices.lstrip("-").isdigit() else devices
+    one = devices == 1 or (not isinstance(devices, int | str) and len(devices) == 1)
+    if not one or OmegaConf.select(config, "trainer.num_nodes", default=1) != 1:
+        raise UserError(
+            f"trainer.devices={config.trainer.devices} in a sweep: a sweep's job has one device, and several GPUs run "
+            "several jobs (hydra/launcher=ray); for one run over several devices leave -m and sweep= out"
+        )
+
+
+# -- one job ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _source_state(root: str) -> str:
+    from fer.data.store import stat_fingerprint
+
+    return stat_fingerprint(Path(root)) if root and Path(root).is_dir() else root
+
+
+def quick_key(config: DictConfig) -> str:
+    """What tells, without opening the data or importing torch, that nothing has changed since a job was done.
+
+    Hash of the config, the code, and name, size and time of every file under ``data.root``. When it differs, the job is
+    opened in full and its job key decides: the same data under another time stamp is still a finished job, other data
+    or code is refused.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    return job_key(plain, _source_state(str(config.data.root)))
+
+
+def job(config: DictConfig) -> float:
+    """One job of a sweep, in whatever process the launcher runs it; what became of it is in its ``outcome.json``.
+
+    Returns:
+        The validation monitor; NaN for a failed job, so that the others go on.
+    """
+    hydra: Any = HydraConfig.get()
+    os.chdir(hydra.runtime.cwd)  # Ray's workers may start elsewhere
+    folder = RunFolder(Path(hydra.runtime.output_dir))
+    config.run_name = f"{config.name}-{folder.path.name}"
+    config.job_type = "fold" if "fold" in config.protocol else "run"
+    config.tags = [*config.tags, hydra.runtime.choices.sweep or "sweep"]
+    outcome, error, value = "failed", None, math.nan
+    try:
+        outcome, value = _run(config, folder, hydra)
+    except Exception as problem:
+        mistake = user_mistake(problem)
+        error = str(mistake or f"{type(problem).__name__}: {problem}")
+        log.error("job %d, %s, failed: %s", hydra.job.num, folder.path.name, error, exc_info=mistake is None)
+    except BaseException:  # Ctrl-C, or SIGTERM, which run_experiment turns into an exit
+        outcome = "interrupted"
+        raise
+    finally:
+        write_json(
+            folder.outcome, {"outcome": outcome, "error": error, "host": socket.gethostname(), "pid": os.getpid()}
+        )
+    return value
+
+
+def _run(config: DictConfig, folder: RunFolder, hydra: Any) -> tuple[str, float]:
+    check_devices(config)
+    before = {} if config.fresh else folder.status()
+    key = quick_key(config)
+    if before.get("quick_key") == key and before["status"] == "done" and folder.results.exists():
+        log.info("done already: %s", folder.path)
+        return "skipped", float(read_json(folder.results)["metrics"]["val"]["mean_acc"])
+    from fer.experiment import run_experiment
+
+    words = [word for word in hydra.overrides.task if not word.startswith(("group=", "fresh="))]
+    command = shlex.join(["python", "-m", "fer.train", "hydra.mode=RUN", *words])
+    continued = folder.last.exists()
+    value = run_experiment(config, folder.path, command=command)
+    folder.set_status("done", quick_key=key)
+    if before.get("status") == "done":
+        return "skipped", value
+    return "resumed" if before and continued else "run", value
+
+
+# -- after: what the jobs amount to -----------------------------------------------------------------------------------
+
+
+def run(config: DictConfig, words: list[str], start: Callable[[], Any]) -> int:
+    """A whole sweep: plan it, let Hydra run it, aggregate.
+
+    Args:
+        config: the command line's composition, as in `plan`.
+        words: the command line.
+        start: the function ``hydra.main`` made; reads ``sys.argv``.
+
+    Returns:
+        The exit code: 0, 1 when a job failed or a group could not be averaged, 130 after Ctrl-C.
+    """
+    sweep = plan(config, words)
+    console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160")))
+    console.print(f"sweep folder: {sweep.folder}", soft_wrap=True, highlight=False)
+    page = sweep.folder / "aggregate.json"
+    before = page.read_text() if page.exists() else None
+    page.unlink(missing_ok=True)  # it must not be taken for this session's
+    for folder in sweep.folders():
+        folder.outcome.unlink(missing_ok=True)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    note = sweep.folder / "sweep.json"
+    wandb_id = read_json(note)["wandb_id"] if note.exists() else uuid.uuid4().hex[:8]
+    write_json(note, {"command": sweep.command, "jobs": sweep.jobs, "wandb_id": wandb_id})
+    sys.argv[1:] = sweep.words
+    code = 0
+    try:
+        start()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else FAILED
+    outcomes = Counter(read_json(folder.outcome)["outcome"] for folder in sweep.folders() if folder.outcome.exists())
+    if code == INTERRUPTED or outcomes["interrupted"]:
+        console.print(f"interrupted; the same command goes on: {sweep.command}", soft_wrap=True, highlight=False)
+        return INTERRUPTED
+    if not outcomes:  # Hydra has said what is wrong with the command line
+        return code
+    return max(code, _conclude(sweep, config, outcomes, before, console))
+
+
+def _conclude(sweep: Plan, config: DictConfig, outcomes: Counter[str], before: str | None, console: Console) -> int:
+    from fer.reporting.aggregate import aggregate, failures, markdown, table
+
+    record = aggregate(sweep.folder)
+    write_text(sweep.folder / "aggregate.md", markdown(record, sweep.command))
+    page = sweep.folder / "aggregate.json"
+    write_json(page, record)
+    console.print(table(record))
+    missing = record["jobs"] - sum(outcomes.values())
+    counts = ", ".join(f"{outcomes[what]} {what}" for what in ("skipped", "resumed", "run", "failed"))
+    console.print(f"{record['jobs']} jobs: {counts}" + (f", {missing} missing" if missing else ""), highlight=False)
+    console.print(f"files: {page.with_suffix('.md')}", soft_wrap=True, highlight=False)
+    if page.read_text() != before:
+        for node in (config.logger or {}).values():
+            from fer.loggers import log_summary
+
+            log_summary(node, sweep.folder, read_json(sweep.folder / "sweep.json")["wandb_id"], sweep.command, record)
+    problems = failures(record)
+    for line in problems:
+        print(f"error: {line}", file=sys.stderr)
+    return FAILED if problems else 0

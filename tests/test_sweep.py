@@ -1,0 +1,324 @@
+"""Sweeps: one command, many jobs; restart, failures, the aggregate, W&B's group, launchers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import TINY, composed, train
+from omegaconf import OmegaConf
+from scipy import stats
+from test_train import wandb_records
+
+from fer.config import CONF, compose_like_hydra, is_sweep, unsafe_entries
+from fer.errors import UserError
+from fer.reporting.aggregate import aggregate, failures, markdown
+from fer.sweep import Plan, plan
+
+# Two folds of few faces and a tiny network: about 8 core-seconds beside the imports.
+SMALL = [*TINY, "data.train=84", "data.val=21", "data.test=21", "data.batch_size=10", "model.width=4"]
+FOLDS = [*SMALL, "protocol=kfold", "protocol.folds=2", "protocol.fold=0,1", "trainer.checkpoint_steps=1"]
+JOBS = ("protocol.fold-0", "protocol.fold-1")
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The folder of a finished sweep of two folds with the default (W&B offline) logger."""
+    cwd = tmp_path_factory.mktemp("sweep")
+    done = train("-m", *FOLDS, cwd=cwd, FER_CACHE=str(cache), NETRC=os.devnull, COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    (cwd / "stdout").write_text(done.stdout)
+    (folder,) = (cwd / "outputs" / "sweeps").iterdir()
+    return folder
+
+
+def test_a_sweep_ends_with_its_aggregate(sweep: Path) -> None:
+    assert sweep.name.startswith("sweep-")
+    assert sorted(path.parent.name for path in sweep.glob("*/results.json")) == sorted(JOBS)
+    assert not [path for path in sweep.rglob("*") if "=" in path.name]
+    (group,) = read(sweep / "aggregate.json")["groups"]
+    assert (group["model"], group["data"], group["protocol"]) == ("cbam_resnet", "synthetic", "kfold")
+    assert (group["n"], group["folds"], group["seeds"], group["failed"]) == (2, [0, 1], [0], [])
+    printed = (sweep.parent.parent.parent / "stdout").read_text()
+    page = (sweep / "aggregate.md").read_text()
+    for text in (printed, page):
+        assert "cbam_resnet on synthetic, kfold" in text
+        assert f"{100 * group['mean']['test/acc']:.2f} ± {100 * group['std']['test/acc']:.2f}" in text
+    assert "2 jobs: 0 skipped, 0 resumed, 2 run, 0 failed" in printed
+    assert str(sweep) in printed
+
+
+def test_the_aggregate_is_what_numpy_makes_of_the_predictions(sweep: Path) -> None:
+    (group,) = read(sweep / "aggregate.json")["groups"]
+    classes, figures, held_out = group["classes"], [], []
+    confusion = np.zeros((len(classes), len(classes)), dtype=int)
+    for job in JOBS:
+        table = pd.read_csv(sweep / job / "predictions.csv")
+        label = table["label"].map(classes.index).to_numpy()
+        probabilities = table[classes].to_numpy(dtype=np.float32).astype(np.float64)
+        predicted = probabilities.argmax(1)
+        np.add.at(confusion, (label, predicted), 1)
+        recall = [(predicted[label == k] == k).mean() for k in np.unique(label)]
+        nll = -np.log(probabilities[np.arange(len(label)), label]).mean()
+        figures.append({"test/acc": (predicted == label).mean(), "test/mean_acc": np.mean(recall), "test/nll": nll})
+        held_out += table["index"].tolist()
+    assert sorted(held_out) == list(range(126))  # every face of the pool exactly once
+    assert group["confusion"] == confusion.tolist()
+    assert group["pooled"]["test/acc"] == pytest.approx(confusion.trace() / 126, abs=1e-9)
+    for metric in figures[0]:
+        x = np.array([f[metric] for f in figures])
+        assert group["values"][metric] == pytest.approx(x, abs=1e-9)
+        assert group["mean"][metric] == pytest.approx(x.mean(), abs=1e-9)
+        assert group["std"][metric] == pytest.approx(abs(x[0] - x[1]) / np.sqrt(2), abs=1e-9)
+        half = 12.706204736432095 * abs(x[0] - x[1]) / 2  # t(0.975, 1)
+        assert group["interval"][metric] == pytest.approx([x.mean() - half, x.mean() + half], abs=1e-9)
+
+
+def test_wandb_holds_a_run_per_fold_and_a_summary_in_one_group(sweep: Path) -> None:
+    seen = {}
+    for place in (*(sweep / job for job in JOBS), sweep):
+        records = wandb_records(place)
+        config, summary, logged, epochs = {}, set(), set(), 0
+        for record in records:
+            kind = record.WhichOneof("record_type")
+            if kind in ("run", "config"):
+                updates = record.run.config.update if kind == "run" else record.config.update
+                config |= {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in updates}
+            if kind == "summary":
+                summary |= {i.key or "/".join(i.nested_key) for i in record.summary.update}
+            if kind == "history":
+                keys = {i.key or i.nested_key[0] for i in record.history.item}
+                logged |= keys
+                epochs += "val/mean_acc" in keys
+        run = next(r.run for r in records if r.WhichOneof("record_type") == "run")
+        assert run.run_group == sweep.name
+        assert {"synthetic", "cbam_resnet", "kfold", "sweep"} <= set(run.tags)
+        assert [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"] == [0]
+        seen[place.name] = (run.run_id, run.job_type, config, summary, logged, epochs)
+    assert len({entry[0] for entry in seen.values()}) == 3
+    for fold, job in enumerate(JOBS):
+        _, kind, config, _, logged, epochs = seen[job]
+        assert (kind, config["protocol"]["fold"], config["model"]["width"], epochs) == ("fold", fold, 4, 2)
+        assert {"test/confusion_image", "test/confusion_table", "val/confusion_table", "train/loss"} <= logged
+    _, kind, config, summary, logged, _ = seen[sweep.name]
+    assert (kind, config["jobs"]) == ("summary", 2)
+    assert "python -m fer.train -m" in config["command"]
+    assert {"groups", "runs", "test/confusion_image", "test/confusion_table"} <= logged
+    assert any(key.startswith("test/acc") for key in summary)
+
+
+def test_the_same_command_skips_finished_jobs_at_little_cost(sweep: Path) -> None:
+    cwd, files = sweep.parent.parent.parent, [sweep / job / "results.json" for job in JOBS]
+    before = [path.stat().st_mtime_ns for path in files]
+    aggregated, runs = (sweep / "aggregate.json").read_text(), len(list(sweep.glob("wandb/offline-run-*")))
+    command = [sys.executable, "-X", "importtime", "-m", "fer.train", "-m", *FOLDS]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 jobs: 2 skipped, 0 resumed, 0 run, 0 failed" in done.stdout
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "hydra" in modules
+    assert not {"torch", "lightning", "wandb"} & modules
+    assert [path.stat().st_mtime_ns for path in files] == before
+    assert (sweep / "aggregate.json").read_text() == aggregated
+    assert len(list(sweep.glob("wandb/offline-run-*"))) == runs == 1
+
+
+def wait_until(ready: Any, process: subprocess.Popen[bytes], seconds: float = 900) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_killed_sweep_goes_on_to_the_same_aggregate(sweep: Path, tmp_path: Path) -> None:
+    words = ["-m", *FOLDS, "logger=csv"]
+    process = subprocess.Popen([sys.executable, "-m", "fer.train", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "outputs" / "sweeps" / sweep.name  # the logger does not make another sweep of it
+    first, second = (folder / job for job in JOBS)
+    try:
+        wait_until((second / "checkpoints" / "last.ckpt").exists, process)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (folder / "aggregate.json").exists()
+    before = (first / "results.json").stat().st_mtime_ns
+    if (second / "results.json").exists():
+        pytest.skip("the second job was done before the kill came")
+    done = train(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 jobs: 1 skipped, 1 resumed, 0 run, 0 failed" in done.stdout
+    assert (first / "results.json").stat().st_mtime_ns == before
+    assert read(second / "results.json")["resumed_from_step"] > 0
+    assert read(folder / "aggregate.json") == read(sweep / "aggregate.json")
+    for job in JOBS:
+        assert (folder / job / "predictions.csv").read_bytes() == (sweep / job / "predictions.csv").read_bytes()
+
+
+def test_a_failing_job_is_named_and_stops_nothing(tmp_path: Path) -> None:
+    # Synthetic faces have no vote distributions, which loss=soft needs.
+    words = [*SMALL, "logger=csv", "trainer.max_epochs=1", "loss=soft,cross_entropy", "hydra.sweep.dir=here"]
+    done = train("-m", *words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert [read(tmp_path / "here" / f"loss-{x}" / "status.json")["status"] for x in ("soft", "cross_entropy")] == [
+        "failed",
+        "done",
+    ]
+    assert "error: loss-soft: failed, " in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    failed, whole = read(tmp_path / "here" / "aggregate.json")["groups"]
+    assert (failed["n"], whole["n"]) == (0, 1)
+    assert failed["failed"][0]["job"] == "loss-soft"
+    assert "loss-soft: failed" in (tmp_path / "here" / "aggregate.md").read_text()
+
+
+# -- the plan: no job is started ---------------------------------------------------------------------------------------
+
+
+def planned(*words: str) -> Plan:
+    return plan(compose_like_hydra("train", list(words)), list(words))
+
+
+def test_the_folder_belongs_to_what_is_swept_and_nothing_else() -> None:
+    reference = planned("-m", "model=dan,convcut", "seed=0,1")
+    for same in (
+        ("-m", "seed=0,1", "model=dan,convcut"),
+        ("-m", "model=dan,convcut", "seed=0,1", "hydra/launcher=joblib", "logger=csv", "fresh=true", "data.root=/x"),
+    ):
+        assert planned(*same).folder == reference.folder
+    for other in (("-m", "model=dan,convcut", "seed=0,1,2"), ("-m", "model=dan,convcut", "seed=0,1", "split_seed=1")):
+        assert planned(*other).folder != reference.folder
+    assert list(reference.jobs or {}) == [f"model-{m},seed-{s}" for m in ("dan", "convcut") for s in (0, 1)]
+    assert planned("-m", "seed=0,1", "hydra.sweep.dir=here").folder == Path("here").absolute()
+
+
+def test_sweep_groups_compose_with_any_axis() -> None:
+    words = ["sweep=cv5", "model=convcut,cbam_resnet", "data=rafdb,ckplus", "seed=0,1"]
+    config = compose_like_hydra("train", words)
+    assert is_sweep(config, words)
+    assert not is_sweep(compose_like_hydra("train", ["seed=1"]), ["seed=1"])
+    found = plan(config, words)
+    assert found.folder.name.startswith("cv5-")
+    assert len(found.jobs or {}) == 5 * 2 * 2 * 2
+    assert len(planned("sweep=cv10").jobs or {}) == 10
+    assert len(planned("sweep=cv10", "protocol.fold=3,4").jobs or {}) == 2
+    assert list(planned("sweep=seeds5").jobs or {}) == [f"seed-{s}" for s in range(5)]
+    assert composed("sweep=cv5").protocol._target_.endswith("KFold")
+
+
+def test_every_paper_is_in_the_papers_sweep() -> None:
+    ours = {"demo", "fer2013_cpu"}
+    papers = {path.stem for path in (CONF / "experiment").glob("*.yaml")} - ours
+    assert set(planned("sweep=papers").jobs or {}) == {f"experiment-{name}" for name in papers}
+
+
+@pytest.mark.parametrize("devices", ["2", "-1", "auto", "[0,1]", "'0,1'"])
+def test_several_devices_are_refused_in_a_sweep(devices: str) -> None:
+    planned("-m", "seed=0,1", "trainer.devices=[3]")
+    with pytest.raises(UserError, match="leave -m and sweep= out"):
+        planned("-m", "seed=0,1", f"trainer.devices={devices}")
+
+
+def test_a_search_maximises_the_validation_monitor() -> None:
+    config = compose_like_hydra("train", ["-m", "hydra/sweeper=optuna"])
+    assert config.hydra.sweeper.direction == "maximize"
+    # The space names options that there are, whatever the optimiser.
+    for path in (CONF / "optim").glob("*.yaml"):
+        optim = composed(f"optim={path.stem}")
+        for key in config.hydra.sweeper.params:
+            assert OmegaConf.select(optim, key) is not None, (path.stem, key)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "hydra.launcher.setup=[evil]",
+        "hydra.launcher.partition='a\\nevil'",
+        "+hydra.launcher.additional_parameters={mail-type: 'END\\nevil'}",
+    ],
+)
+def test_launchers_start_jobs_and_nothing_else(attack: str) -> None:
+    words = ["-m", "hydra/launcher=submitit_slurm"]
+    assert unsafe_entries(compose_like_hydra("train", words)) == []
+    assert unsafe_entries(compose_like_hydra("train", [*words, attack.replace("\\n", "\n")]))
+
+
+# -- the aggregate, on folders made up here ----------------------------------------------------------------------------
+
+
+def forge(
+    sweep: Path, jobs: dict[str, dict[str, Any] | None], outcomes: dict[str, dict[str, Any]] | None = None
+) -> None:
+    """A sweep's folder: results of each job by its folder's name, None for one that never came to an end."""
+    plan_of = {name: [word.replace("-", "=", 1) for word in name.split(",")] for name in jobs}
+    sweep.mkdir()
+    (sweep / "sweep.json").write_text(json.dumps({"command": "c", "jobs": plan_of}))
+    for name, results in jobs.items():
+        (sweep / name).mkdir()
+        if results is not None:
+            (sweep / name / "results.json").write_text(json.dumps(results))
+            (sweep / name / "outcome.json").write_text(json.dumps({"outcome": "run", "error": None}))
+    for name, outcome in (outcomes or {}).items():
+        (sweep / name / "outcome.json").write_text(json.dumps(outcome))
+
+
+def forged(acc: float, **more: Any) -> dict[str, Any]:
+    metrics = {"test": {"acc": acc, "mean_acc": acc, "macro_f1": acc, "acc_b": None}, "val": {"mean_acc": acc}}
+    standard = {"model": "m", "data": "d", "protocol": {"folds": 3}, "protocol_name": "kfold", "fold": 0, "seed": 0}
+    more = {"classes": ["a", "b"], "split_fingerprint": f"f{more.get('fold', 0)}", **more}
+    rest = {"selected_on": "val", "stamps": [], "code_version": "v", "confusion": {"test": [[2, 1], [0, 0]]}}
+    return {**standard, **rest, "metrics": metrics, **more}
+
+
+def test_failed_and_missing_folds_are_named(tmp_path: Path) -> None:
+    jobs = {"protocol.fold-0": forged(0.5), "protocol.fold-1": forged(0.9, fold=1), "protocol.fold-2": None}
+    # The second holds whole results of another code version, which it refused to replace.
+    forge(tmp_path / "s", jobs, {"protocol.fold-1": {"outcome": "failed", "error": "another code version"}})
+    record = aggregate(tmp_path / "s")
+    (group,) = record["groups"]
+    assert (group["n"], group["folds"], group["mean"]["test/acc"]) == (1, [0], 0.5)
+    assert np.isnan(group["std"]["test/acc"])
+    states = {entry["job"]: entry["state"] for entry in group["failed"]}
+    assert states == {"protocol.fold-1": "failed", "protocol.fold-2": "missing"}
+    page = markdown(record, "c")
+    for words in ("protocol.fold-1: failed, another code version", "protocol.fold-2: missing", "1 of 3"):
+        assert words in page
+
+
+def test_groups_differ_in_everything_but_fold_and_seed(tmp_path: Path) -> None:
+    axes = [(loss, fold, seed) for loss in ("focal", "center") for fold in (0, 1, 2) for seed in (0, 1)]
+    values = np.random.default_rng(0).random(len(axes))
+    jobs = {
+        f"loss-{loss},protocol.fold-{fold},seed-{seed}": forged(value, fold=fold, seed=seed)
+        for (loss, fold, seed), value in zip(axes, values, strict=True)
+    }
+    forge(tmp_path / "s", jobs)
+    groups = aggregate(tmp_path / "s")["groups"]
+    assert [g["setting"] for g in groups] == [{"loss": "focal"}, {"loss": "center"}]
+    for group, x in zip(groups, values.reshape(2, 6), strict=True):
+        assert (group["n"], group["folds"], group["seeds"]) == (6, [0, 1, 2], [0, 1])
+        low, high = stats.t.interval(0.95, 5, loc=x.mean(), scale=stats.sem(x))
+        assert group["interval"]["test/acc"] == pytest.approx([low, high], abs=1e-12)
+        assert group["confusion"] == [[12, 6], [0, 0]]
+        assert np.isnan(group["mean"]["test/acc_b"])  # no fold had an image of it
+
+
+@pytest.mark.parametrize("odd", [{"classes": ["b", "a"]}, {"split_fingerprint": "other"}])
+def test_what_does_not_belong_together_is_not_averaged(tmp_path: Path, odd: dict[str, Any]) -> None:
+    forge(tmp_path / "s", {"seed-0": forged(0.5), "seed-1": forged(0.7, seed=1, **odd)})
+    record = aggregate(tmp_path / "s")
+    (group,) = record["groups"]
+    assert group["mean"] == {}
+    assert "seed-1" in group["refused"]
+    assert len(failures(record)) == 1
