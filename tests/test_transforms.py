@@ -1,6 +1,7 @@
 """Augmentation: what moves with the image, what an image's own random numbers decide, both forms of every recipe."""
 
 import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import composed
+from fakes import write_rafdb
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as reference  # type: ignore[import-untyped]
 
@@ -32,10 +34,17 @@ LIGHT_AND_COLOUR = ("ColorJitter", "RandomBrightnessContrast", "Erasing", "Coars
 LIGHT_AND_COLOUR += ("Sharpen", "Posterize", "Solarize", "AutoContrast")
 
 
+@functools.cache
+def config(name: str) -> DictConfig:
+    return composed(f"augment={name}", "data.store_size=64")
+
+
 def recipe(name: str, **batched: Any) -> Augment:
     """A recipe of conf/augment, its batched form changed."""
-    config = composed(f"augment={name}", "data.store_size=64").augment
-    return instantiate(OmegaConf.merge(config, {"batched": batched} if batched else {}))  # type: ignore[no-any-return]
+    changed = OmegaConf.merge(config(name), {"augment": {"batched": batched}} if batched else {})
+    found = instantiate(changed.augment)
+    assert isinstance(found, Augment)
+    return found
 
 
 class Bends(RandAugment):
@@ -124,7 +133,7 @@ class Marked(ExpressionDataModule):
 
 
 def marked(tmp_path: Path, augment: Augment, *, resident: str, crop_to_box: bool = False, size: int = 80) -> Marked:
-    protocol = instantiate(composed().protocol)
+    protocol = instantiate(config("none").protocol)
     data = Marked(
         root="",
         class_names=None,
@@ -214,6 +223,20 @@ def test_places_are_where_the_image_shows_them(name: str, resident: str, crop_to
     assert len(boxes) > 50
     assert np.max(boxes) < 2.5, np.sort(boxes)[-5:]  # a turned corner is less than half bright
     assert np.median(boxes) < 1
+
+
+def test_places_follow_a_readers_crop(tmp_path: Path) -> None:
+    """RAF-DB's photographs are cut to the box (30, 20) to (130, 120) and shown at 200 pixels."""
+    write_rafdb(tmp_path)
+    words = ["data=rafdb", "data.image=original", f"data.root={tmp_path}", "data.num_workers=0", "data.resident=no"]
+    data = instantiate(composed(*words, "augment=none", "data.image_size=200", "protocol.val_fraction=0.3").data)
+    data.open()
+    batch = next(iter(data.test_dataloader()))
+    assert batch["image"].shape[-1] == 200
+    torch.testing.assert_close(batch["box"], torch.tensor([[0.0, 0, 200, 200]]).expand_as(batch["box"]))
+    # The left eye's centre, (60.5, 50) of the photograph, is 31 and 30.5 pixels from the crop's corner.
+    eye = torch.tensor([31.0, 30.5]) * 2 - 0.5
+    torch.testing.assert_close(batch["landmarks"][:, 0], eye.expand(len(batch["landmarks"]), 2))
 
 
 def test_a_mirror_image_swaps_left_and_right() -> None:
@@ -519,7 +542,7 @@ def growth(dataset: StoreDataset, augment: Augment, n: int, batch_size: int) -> 
     step = finish(augment, 8, augmented=True)
     loader = WorkerLoader(sampler, dataset, 2, torch.device("cpu"), step, remember_position=False)
     sizes = []
-    for number in range(6):
+    for number in range(5):
         sampler.set_epoch(number)
         for _ in loader:
             pass
