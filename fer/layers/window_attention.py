@@ -39,7 +39,7 @@ class WindowCrossAttention(nn.Module):
         k, v = self.kv(context).reshape(count, area, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         q = query.reshape(count, area, self.heads, -1).transpose(1, 2).to(k.dtype)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.get_bias().to(k.dtype))
-        # Joined by cat: how the attention lays out its heads depends on the kernel, and an exported view would not hold.
+        # Joined by cat: how the heads lie in memory depends on the kernel, and an exported view would not hold.
         result: Tensor = self.proj(torch.cat(attended.unbind(1), dim=2))
         return result
 
