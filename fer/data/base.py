@@ -9,12 +9,12 @@ loaders, counts and augmentation.
 A batch is a dict: ``image`` (B, 3, H, W) float32 normalised, ``label`` (B,) int64, ``index`` (B,) int64 rows of the
 manifest, and where the data has them ``soft`` (B, K), ``valence_arousal`` (B, 2), ``face_labels`` (B, F) int64 and, in
 pixels of the input with NaN where missing or outside, ``box`` (B, 4), ``organ_boxes`` (B, 4, 4), ``face_boxes``
-(B, F, 4) and ``landmarks`` (B, L, 2), see `fer.data.manifest.Manifest`.
+(B, F, 4), ``face_organ_boxes`` (B, F, 4, 4) and ``landmarks`` (B, L, 2), see `fer.data.manifest.Manifest`. Where a data
+set has landmarks but no organ boxes, these are made from them (`fer.data.regions`).
 """
 
 import abc
 import dataclasses
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +30,7 @@ from fer.data.loaders import EpochSampler, Order, ResidentLoader, StoreDataset, 
 from fer.data.manifest import PARTS, Array, Manifest, Part
 from fer.data.places import PLACES, relative
 from fer.data.protocols import Protocol
+from fer.data.regions import with_regions
 from fer.data.splits import Split
 from fer.data.store import Store, open_store, stat_fingerprint
 from fer.data.transforms import TTA_VIEWS, Augment, Finish, PerImage
@@ -99,6 +100,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         store: the decoded images; known after `open`.
         label: (N,) labels of the store's images in the order of ``class_names``, -1 for classes left out.
         split: rows of each part; known after `open`.
+        regions: how many organ boxes were made from landmarks and rejected, by rule; None where none had to be made.
         manifest_options: the subclass's options that change its manifest or pixels; part of the store's key.
     """
 
@@ -113,6 +115,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
     store: Store
     label: Array
     split: Split
+    regions: dict[str, Any] | None
 
     def __init__(
         self,
@@ -204,7 +207,8 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         }
         name = type(self).__module__.rpartition(".")[2]
         self.store = open_store(self.cache, name, key, self.manifest, self.images, self.sequential, self.crop_to_box)
-        manifest = self.store.manifest
+        manifest, self.regions = with_regions(self.store.manifest, self.store.windows)
+        self.store = dataclasses.replace(self.store, manifest=manifest)
         self._check_bad_images()
         self.class_names = self.wanted_classes or list(manifest.class_names)
         to_output = np.array(index_map(manifest.class_names, self.class_names))
@@ -270,16 +274,11 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
             "shared_sequences": self.split.shared(manifest.sequence),
             "subjects": None if manifest.subject is None else len(np.unique(manifest.subject)),
             "warnings": list(manifest.warnings),
+            "regions": self.regions,
             "selected_on": self.split.selected_on,
             "stamps": list(self.split.stamps),
             "fingerprint": self.split.fingerprint(manifest),
         }
-
-    def fingerprint(self) -> str:
-        """Hash of the split, its labels and its pixels: changes when anything a run sees of the data does."""
-        digest = hashlib.sha256(self.split.fingerprint(self.store.manifest).encode())
-        digest.update(self.label.tobytes() + np.ascontiguousarray(self.store.copies).tobytes())
-        return digest.hexdigest()[:16]
 
     # -- loaders --------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import numpy as np
 from fer.data.base import DataOptions, ExpressionDataModule
 from fer.data.images import list_images, safe_join, subfolders
 from fer.data.manifest import Array, Manifest
+from fer.data.prepared import prepared_places
 from fer.data.tables import Skipped, find_form, read_rows
 from fer.errors import UserError
 from fer.labels import canonical_all
@@ -78,6 +79,7 @@ subjects.csv                    optional, with the columns path,subject"""
         class_of = _class_names(set(names))
         class_names = tuple(sorted(set(class_of.values())))
         item = np.array(items, dtype=str)
+        box, landmarks = prepared_places(Path(self.root), item) or (None, None)
         return Manifest(
             item=item,
             label=np.array([class_names.index(class_of[name]) for name in names], dtype=np.int64),
@@ -85,6 +87,8 @@ subjects.csv                    optional, with the columns path,subject"""
             split=np.array(parts, dtype=str),
             form="folders by part and class" if form == "parts" else "one folder per class",
             subject=self._subjects(folder, item),
+            box=box,
+            landmarks=landmarks,
             skipped=tuple(skipped),
         )
 

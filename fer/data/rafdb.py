@@ -52,8 +52,8 @@ class RAFDB(ExpressionDataModule):
     Args:
         form: ``auto``, ``official`` or ``folders``.
         labels: ``basic`` (7 classes) or ``compound`` (11).
-        image: ``aligned``: the release's 100 x 100 crops; ``original``: the photographs, of which the store keeps the
-            annotated face box where there is one.
+        image: ``aligned``: the release's 100 x 100 crops, or ``original``: the photographs.
+        crop: ``box``: photographs are cut to the annotated face box where there is one; ``none``: used whole.
         options: see `DataOptions`.
     """
 
@@ -66,13 +66,13 @@ basic/ (or compound/, data.labels=compound)
 or
 {train,test}/{1..7}/train_00001_aligned.jpg, with train_labels.csv and test_labels.csv where they came along"""
     request = "whdeng.cn/RAF/model1.html, by e-mail from an academic staff address"
-    crop_to_box = True  # photographs; the aligned images have no box
 
-    def __init__(self, *, form: str, labels: str, image: str, **options: Unpack[DataOptions]) -> None:
+    def __init__(self, *, form: str, labels: str, image: str, crop: str, **options: Unpack[DataOptions]) -> None:
         super().__init__(**options)
         check_option("labels", labels, ("basic", "compound"))
         check_option("image", image, ("aligned", "original"))
-        self.form, self.image = form, image
+        check_option("crop", crop, ("box", "none"))
+        self.form, self.image, self.crop_to_box = form, image, crop == "box"
         self.classes = BASIC if labels == "basic" else COMPOUND
         self.manifest_options = {"form": form, "labels": labels, "image": image}
 
