@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from model_builds import batch_of, build, cheap, images, neighbour_dependence, parameter_count
+from model_builds import batch_of, build, cheap, images, neighbour_dependence, parameter_count, shaken
 from torch import nn
 from torchvision.ops import box_iou, nms
 
@@ -12,7 +12,7 @@ from fer.errors import UserError
 from fer.layers.boxes import best_boxes, decode, encode, grid_anchors
 from fer.layers.region_loss import focal_binary, focal_softmax, head_loss, proposal_loss
 from fer.layers.region_pyramid import BASES, STRIDES, RegionHead, crop
-from fer.models.multiscale_region import FACE, Regions, jittered
+from fer.layers.regions import FACE, Regions, jittered, without_duplicates
 
 
 def test_parameters_and_stages():
@@ -195,7 +195,7 @@ def test_planted_regions_are_found():
     """Both eyes, the image's left one first, whatever the order of the proposals; nothing outside the face."""
     outside = [[0.0, 0, 3, 3]]
     network = answering(cheap("multiscale_region").eval().network, PLANTED + outside, [1, 2, 2, 3, 4, 3])
-    regions = network.detect(network.forward_maps(images(2, 64)))
+    regions = network.detect(network.judge(network.forward_maps(images(2, 64))))
     assert regions.present.all()
     expected = torch.tensor([PLANTED[i] for i in (0, 2, 1, 3, 4)])
     assert torch.equal(regions.boxes[0], expected)
@@ -205,13 +205,13 @@ def test_planted_regions_are_found():
 @pytest.mark.parametrize(("eye", "sides"), [(1, [False, True]), (2, [True, False])])
 def test_a_single_eye_keeps_its_side(eye, sides):
     network = answering(cheap("multiscale_region").eval().network, [PLANTED[0], PLANTED[eye]], [1, 2])
-    regions = network.detect(network.forward_maps(images(1, 64)))
+    regions = network.detect(network.judge(network.forward_maps(images(1, 64))))
     assert regions.present[0].tolist() == [True, *sides, False, False]
 
 
 def test_nothing_found_is_the_whole_image():
     module = cheap("multiscale_region", "score=1.1").eval()
-    regions = module.network.detect(module.network.forward_maps(images(2, 64)))
+    regions = module.network.detect(module.network.judge(module.network.forward_maps(images(2, 64))))
     assert not regions.present.any()
     assert (regions.boxes == torch.tensor([0.0, 0, 64, 64])).all()
     features = module.features(images(2, 64))
@@ -244,7 +244,7 @@ def trained_detector(steps, *overrides):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    regions = module.network.detect(module.network.forward_maps(batch["image"]))
+    regions = module.network.detect(module.network.judge(module.network.forward_maps(batch["image"])))
     return module, losses, regions, module._truth(batch)
 
 
@@ -286,3 +286,142 @@ def test_without_regions():
     assert logits.shape == (3, 7)
     assert module.features(batch["image"]).shape == (3, 16)
     assert all(p.grad is not None for p in module.parameters())
+
+
+# -- every face -------------------------------------------------------------------------------------------------------
+
+# Two faces of 28 pixels in an image of 64, each with two eyes, nose and mouth.
+SECOND = [34.0, 30.0]
+ORGANS = [[6.0, 8, 12, 14], [18.0, 8, 24, 14], [12.0, 14, 18, 20], [9.0, 21, 21, 26]]
+SMALL = [[2.0, 2, 30, 30], *ORGANS]
+PAIR = SMALL + [[x1 + 34, y1 + 30, x2 + 34, y2 + 30] for x1, y1, x2, y2 in SMALL]
+EVERY = ["detection=true", "max_faces=4"]
+
+
+def two_faces(module, count):
+    """A batch whose images show the two faces, the first with the image's label."""
+    batch = batch_of(module, count)
+    boxes = torch.tensor(PAIR).view(2, 5, 4)
+    boxes[..., 2:] -= boxes[..., :2]
+    batch["face_boxes"] = boxes[:, 0].repeat(count, 1, 1)
+    batch["face_organ_boxes"] = boxes[:, 1:].repeat(count, 1, 1, 1)
+    batch["face_labels"] = torch.stack([batch["label"], (batch["label"] + 3) % 7], dim=1)
+    return batch
+
+
+def test_each_face_gets_its_own_organs_and_expression():
+    module = shaken(cheap("multiscale_region", *EVERY))
+    network = answering(module.network, [*PAIR, [0.0, 0, 3, 3]], [*[1, 2, 2, 3, 4] * 2, 4])
+    x = images(2, 64)
+    with torch.inference_mode():
+        logits, found = module.find(x)
+        torch.testing.assert_close(logits, module(x))
+        maps = network.forward_maps(x)
+        for i, faces in enumerate(found):
+            expected = {}
+            for first in (0, 5):
+                own = Regions(torch.tensor(PAIR[first : first + 5])[None], torch.ones(1, 5, dtype=torch.bool))
+                alone = network.classifier(network.describe([m[i : i + 1] for m in maps], own)).softmax(1)[0]
+                expected[tuple(PAIR[first])] = alone
+            assert {tuple(box) for box in faces.boxes.tolist()} == set(expected)
+            for box, label, score in zip(*(v.tolist() for v in faces), strict=True):
+                assert label == expected[tuple(box)].argmax()
+                assert score == pytest.approx(expected[tuple(box)].max().item(), rel=1e-4)
+            assert faces.scores.tolist() == sorted(faces.scores.tolist(), reverse=True)
+
+
+def test_naming_every_face_leaves_the_classifier_alone():
+    plain, every = shaken(cheap("multiscale_region")), shaken(cheap("multiscale_region", *EVERY))
+    assert set(plain.state_dict()) == set(every.state_dict())
+    every.load_state_dict(plain.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(plain(images(3, 64)), every(images(3, 64)))
+        torch.testing.assert_close(every.find(images(3, 64))[0], plain(images(3, 64)))
+
+
+def test_faces_found_do_not_depend_on_neighbours():
+    module = shaken(cheap("multiscale_region", *EVERY)).double()
+    with torch.no_grad():
+        module.network.head.kind.bias[FACE] += 5
+    batch = images(6, 64).double()
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        together, permuted = module.find(batch)[1], module.find(batch[order])[1]
+        alone = module.find(batch[2:3])[1][0]
+    assert len(alone.boxes) >= 1
+    for found, i in [(alone, 2), *((permuted[n], int(order[n])) for n in range(6))]:
+        assert torch.equal(found.labels, together[i].labels)
+        torch.testing.assert_close(found.boxes, together[i].boxes, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.scores, together[i].scores, rtol=0, atol=1e-6)
+
+
+def test_every_face_teaches():
+    """All faces are known to the detector, each with its own expression, as if they came in images of their own."""
+    module = cheap("multiscale_region", *EVERY).eval()
+    batch = two_faces(module, 3)
+    batch["face_boxes"][2, 1] = batch["face_organ_boxes"][2, 1] = math.nan
+    batch["face_labels"][2, 1] = -1
+    seen = []
+    module.network.detection_loss = lambda maps, truth, gamma: seen.append(truth) or torch.zeros(())
+    module.network.classifier.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    torch.manual_seed(0)
+    loss, logits = module.loss(batch)
+    every, truth = seen
+    assert truth.boxes.shape == (6, 5, 4)
+    assert truth.present.sum(1).tolist() == [5, 5, 5, 5, 5, 0]
+    assert truth.boxes[1].tolist() == PAIR[5:]
+    labels = [0, 3, 1, 4, 2]
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(every, torch.tensor(labels)))
+    assert torch.equal(logits, every[[0, 2, 4]])
+
+
+def test_every_face_is_needed_for_all():
+    module = cheap("multiscale_region", *EVERY)
+    batch = two_faces(module, 2)
+    del batch["face_organ_boxes"]
+    with pytest.raises(UserError, match="face and organ boxes"):
+        module.loss(batch)
+    with pytest.raises(UserError, match=r"model\.detection=true needs model\.rois=detector"):
+        cheap("multiscale_region", *EVERY, "rois=none")
+
+
+def test_duplicates_of_a_kind_alone_are_dropped():
+    scores = torch.zeros(4, 5)
+    for i, (kind, score) in enumerate([(1, 0.9), (1, 0.8), (2, 0.7), (1, 0.04)]):
+        scores[i, kind] = score
+    same = torch.tensor([10.0, 10, 30, 30]).expand(4, 4, 4)
+    box, kind, score = without_duplicates(scores, same, iou=0.5, least=0.05)
+    assert kind.tolist() == [1, 2]
+    torch.testing.assert_close(score, torch.tensor([0.9, 0.7]))
+    assert box.tolist() == [[10, 10, 30, 30]] * 2
+
+
+def test_scores_of_regions():
+    """Planted regions score 1; without one of two mouths, that kind alone loses half of its recalls."""
+    for missing, expected in ((None, 1.0), (9, 51 / 101)):
+        kept = [i for i in range(10) if i != missing]
+        module = shaken(cheap("multiscale_region", *EVERY))
+        answering(module.network, [PAIR[i] for i in kept], [([1, 2, 2, 3, 4] * 2)[i] for i in kept])
+        module.on_validation_epoch_start()
+        module.validation_step(two_faces(module, 3), 0)
+        scores = module.scores("val")
+        assert [scores[f"region_ap50_{kind}"] for kind in ("face", "eye", "nose")] == [1, 1, 1]
+        assert scores["region_ap50_mouth"] == pytest.approx(expected)
+        assert scores["face_ap50"] == 1
+        assert scores["recall"] == 1
+        module.reset("val")
+        assert "region_ap50_face" not in module.scores("val")
+
+
+def test_scores_of_regions_without_naming_every_face():
+    module = shaken(cheap("multiscale_region"))
+    answering(module.network, PLANTED, [1, 2, 2, 3, 4])
+    batch = batch_of(module, 2)
+    boxes = torch.tensor([PLANTED[i] for i in (0, 2, 1, 3, 4)])
+    boxes[:, 2:] -= boxes[:, :2]
+    batch |= {"box": boxes[0].repeat(2, 1), "organ_boxes": boxes[1:].repeat(2, 1, 1)}
+    module.validation_step(batch, 0)
+    scores = module.scores("val")
+    assert [scores[f"region_ap50_{kind}"] for kind in ("face", "eye", "nose", "mouth")] == [1] * 4
+    assert "map50" not in scores
+    assert scores["acc"] == pytest.approx((module(batch["image"]).argmax(1) == batch["label"]).float().mean().item())

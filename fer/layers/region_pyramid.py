@@ -137,11 +137,13 @@ class RegionHead(nn.Module):
         return self.kind(pooled).float(), self.boxes(pooled).float().unflatten(2, (-1, 4))
 
 
-def crop(x: Tensor, rois: Tensor, stride: int, size: int) -> Tensor:
-    """RoIAlign of (B, C, H, W) under boxes (B, R, 4) in pixels of the image -> (B * R, C, size, size)."""
-    batch = torch.arange(rois.shape[0], device=rois.device, dtype=rois.dtype)[:, None, None].expand(
-        -1, rois.shape[1], 1
-    )
+def crop(x: Tensor, rois: Tensor, stride: int, size: int, image: Tensor | None = None) -> Tensor:
+    """RoIAlign of (B, C, H, W) under boxes (N, R, 4) in pixels of the image -> (N * R, C, size, size).
+
+    ``image`` (N,) says whose boxes they are; without it N is B and they come in order.
+    """
+    row = torch.arange(rois.shape[0], device=rois.device) if image is None else image
+    batch = row.to(rois.dtype)[:, None, None].expand(-1, rois.shape[1], 1)
     boxes = torch.cat([batch, rois], dim=2).flatten(0, 1)
     wide = x if x.dtype == torch.float64 else x.float()
     aligned = roi_align(wide, boxes.to(wide.dtype), size, 1 / stride, sampling_ratio=2, aligned=True)

@@ -232,12 +232,16 @@ class FaceDetector(ExpressionModule):
         if batch["image"].ndim != 4:
             raise UserError("model.detection=true looks at one view of an image: set data.tta=none")
         logits, faces = self.find(batch["image"])
+        self.note(faces, batch, stage)
+        return self._count(logits.float().softmax(1), batch, stage)
+
+    def note(self, faces: list[Faces], batch: Batch, stage: Literal["val", "test"]) -> None:
+        """Keep what was found in a batch, and what is known of it, for the scores."""
         known = KnownFaces.of(batch)
         counted = known.present & (known.labels >= 0)
         for i, found in enumerate(faces):
             true = (known.boxes[i, counted[i]], known.labels[i, counted[i]])
             self.seen[stage].append(Image(*(numbers(x) for x in (*found, *true))))
-        return self._count(logits.float().softmax(1), batch, stage)
 
     def reset(self, stage: Stage) -> None:
         """Forget the images seen too."""
