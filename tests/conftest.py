@@ -65,3 +65,13 @@ def train(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     return subprocess.run(
         command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1500, check=False
     )
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A finished run with the default (W&B offline) logger, for all tests that only look at one."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = train(*TINY, "hydra.run.dir=run", cwd=folder, FER_CACHE=str(cache), NETRC=os.devnull, COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder / "run"

@@ -1,7 +1,6 @@
 """The real command line: a complete run folder, W&B's offline record, exact resume, clear refusals."""
 
 import json
-import os
 import signal
 import struct
 import subprocess
@@ -30,16 +29,6 @@ FILES = (
     "confusion_test.json",
     "confusion_test.png",
 )
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A finished run with the default (W&B offline) logger."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = train(*TINY, "hydra.run.dir=run", cwd=folder, FER_CACHE=str(cache), NETRC=os.devnull, COLUMNS="200")
-    assert done.returncode == 0, done.stderr
-    (folder / "stdout").write_text(done.stdout)
-    return folder / "run"
 
 
 def results(run: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Claim:
         results, out = group.runs[0].results, []
         if self.split != OFFICIAL:
             out.append(f"split: {self.split}; here {group.protocol}")
-        elif not group.protocol.startswith(OFFICIAL):
+        elif not _official(group):
             out.append(f"split: official parts; here {group.protocol}")
         if self.classes != len(group.classes):
             out.append(f"{self.classes} classes; here {len(group.classes)}")
@@ -94,6 +94,12 @@ class Claim:
     def remarks(self) -> list[str]:
         """What holds of the claim itself."""
         return [*([f"void: {self.void}"] if self.void else []), *self.notes]
+
+
+def _official(group: Group) -> bool:
+    """Whether a group is tested on the data set's official test part."""
+    rotating = group.settings.get("data.protocol.held_out") == "val"
+    return rotating or str(group.settings.get("data.protocol._target_")).endswith(".Official")
 
 
 def load_claims(path: Path) -> list[Claim]:

@@ -80,6 +80,17 @@ class Run:
         return str(self.results.get("data") or self.config.get("data_name") or "unknown")
 
     @property
+    def protocol(self) -> str:
+        """The protocol in a few words: ``kfold, 5 folds``."""
+        options = self.config.get("protocol") or {}
+        name = self.config.get("protocol_name") or str(options.get("_target_", "unknown")).rpartition(".")[2].lower()
+        words = [str(name)]
+        words += [f"{options['folds']} folds"] if options.get("folds") is not None else []
+        words += ["official test, rotating validation"] if options.get("held_out") == "val" else []
+        words += ["selected on test"] if options.get("select_on") == "test" and name != "paper" else []
+        return ", ".join(words)
+
+    @property
     def seed(self) -> int | None:
         """The training seed."""
         return self.config.get("seed")
@@ -161,7 +172,9 @@ def read_run(path: Path) -> Run:
     try:
         status = folder.status()
         if folder.config.exists():
-            config = yaml.load(folder.config.read_text(), _LOADER) or {}
+            config = yaml.load(folder.config.read_text(), _LOADER)
+        if not isinstance(config, dict):
+            raise UserError(f"{folder.config} is no config of a run")
         state, error = str(status.get("status", "done")), str(status.get("error") or "")
         if state != "done" or not folder.results.exists():
             state = state if state != "done" else "damaged"
@@ -172,7 +185,7 @@ def read_run(path: Path) -> Run:
         if not np.array_equal(counts, results["confusion"]["test"]):
             raise UserError(f"{folder.predictions} and {folder.results} do not tell the same test")
         if not config:
-            raise UserError(f"{folder.config} is missing")
+            raise UserError(f"{folder.config} is missing: without it nobody knows with which runs it belongs")
         return Run(path, "done", "", config, settings_of(config), results, answers)
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -196,10 +209,14 @@ def read_answers(path: Path, classes: Sequence[str]) -> Answers:
         classes: names of its probability columns, in the order of the indices to give.
 
     Raises:
-        UserError: it names a class that is none of ``classes``, an image twice, or something that is no probability.
+        UserError: a column is missing, or it holds a class that is none of ``classes``, an image twice, or something
+            that is no probability.
     """
     text = ("item", "subject", "label", "predicted")
     table = pd.read_csv(path, dtype=dict.fromkeys(text, "str"), keep_default_na=False)
+    lacking = [name for name in ("index", *text, *classes) if name not in table]
+    if lacking:
+        raise UserError(f"{path} has no column {lacking[0]}")
     index = {name: place for place, name in enumerate(classes)}
     label, predicted = (table[column].map(index).to_numpy(np.float64) for column in ("label", "predicted"))
     if np.isnan(label).any() or np.isnan(predicted).any():

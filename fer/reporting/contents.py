@@ -181,7 +181,7 @@ def times(benches: Sequence[Bench]) -> Table:
             record = {"group": group.id, "machine": machine, "parameters": first.get("parameters"), "flops": flops}
             record |= {"seconds_mean": seconds, "cpu_seconds_mean": cpu, "runs": len(found)}
             record |= {"train_images_per_second": speed[0], "test_images_per_second": speed[1]}
-            rows.append(Row(cells, record, link=group.id))
+            rows.append(Row(cells, record, group.stamps, link=group.id))
     columns = [
         "model",
         "ran on",

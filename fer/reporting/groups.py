@@ -53,7 +53,7 @@ class Group:
     @property
     def protocol(self) -> str:
         """The protocol in a few words: ``kfold, 5 folds``."""
-        return protocol_words(self.settings)
+        return (self.runs or self.unfinished)[0].protocol
 
     @property
     def label(self) -> str:
@@ -127,17 +127,6 @@ class Group:
         return [
             f"seed {seed}: fold {', '.join(map(str, gone))} never started" for seed, gone in lacking.items() if gone
         ]
-
-
-def protocol_words(settings: dict[str, Any]) -> str:
-    """``fer.data.protocols.KFold`` with 5 folds -> ``kfold, 5 folds``."""
-    name = str(settings.get("data.protocol._target_") or "unknown").rpartition(".")[2]
-    words = [{"LeaveOneSubjectOut": "leave one subject out"}.get(name, name.lower())]
-    folds, held_out = (settings.get(f"data.protocol.{key}") for key in ("folds", "held_out"))
-    words += [f"{folds} folds"] if folds is not None else []
-    words += ["official test, rotating validation"] if held_out == "val" else []
-    words += ["selected on test"] if settings.get("data.protocol.select_on") == "test" else []
-    return ", ".join(words)
 
 
 def _classes(run: Run) -> Key:

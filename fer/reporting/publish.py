@@ -18,7 +18,7 @@ from fer.reporting.collect import Run
 from fer.reporting.comparisons import Verdict
 from fer.reporting.groups import Group
 from fer.reporting.pictures import Wrong, most_wrong
-from fer.reporting.tables import Table, write_csv
+from fer.reporting.tables import Table, markdown, write_csv
 from fer.runs import write_text
 
 HERE = Path(__file__).parent
@@ -225,28 +225,24 @@ def _notices(groups: Sequence[Group]) -> list[str]:
 
 
 def _markdown(parts: Sequence[BenchPart], summary: str, notices: Sequence[str], last: Sequence[Table | None]) -> str:
-    lines = [f"# {TITLE}", "", summary, "", *(f"- {notice}" for notice in notices), ""]
+    lines = [f"# {TITLE}", "", markdown(summary), "", *_list(notices)]
     for part in parts:
-        lines += [f"## {part.bench.title}", "", *(f"**{stamp}**" for stamp in part.bench.shared_stamps)]
-        lines += [*(f"- {fact}" for fact in part.facts), "", f"![accuracy](figures/{part.bench.id}.svg)", ""]
+        lines += [f"## {markdown(part.bench.title)}", "", *_bold(part.bench.shared_stamps), *_list(part.facts)]
+        lines += [f"![accuracy](figures/{part.bench.id}.svg)", ""]
         lines += [table.markdown() for table in part.tables if table.rows]
         for one in part.groups:
-            lines += [
-                f"### {one.group.label} ({one.group.id})",
-                "",
-                *(f"**{stamp}**" for stamp in one.group.stamps),
-                "",
-            ]
-            lines += [one.confusion.markdown()]
-            lines += [
-                f"![curves](figures/{one.group.id}-curves.svg)",
-                f"![reliability](figures/{one.group.id}-reliability.svg)",
-                "",
-            ]
-            lines += [
-                f"- `{w.item}`: {w.label} taken for {w.predicted}, {w.confidence:.2f}, in {w.wrong} of {w.tested} runs"
-                for w in one.wrong
-            ]
-            lines += [""]
-    lines += [table.markdown() for table in last if table is not None and table.rows]
+            lines += [f"### {markdown(one.group.label)} ({one.group.id})", "", *_bold(one.group.stamps)]
+            lines += [one.confusion.markdown(), f"![curves](figures/{one.group.id}-curves.svg)"]
+            lines += [f"![reliability](figures/{one.group.id}-reliability.svg)", ""]
+            wrong = [(w, f"{w.label} taken for {w.predicted}, {w.confidence:.2f}") for w in one.wrong]
+            lines += _list([f"{w.item}: {what}, wrong in {w.wrong} of {w.tested} runs" for w, what in wrong])
+    lines += [f"## {table.title}\n\n{table.markdown()}" for table in last if table is not None and table.rows]
     return "\n".join([*lines, BELONGING, ""])
+
+
+def _list(points: Sequence[str]) -> list[str]:
+    return [*(f"- {markdown(point)}" for point in points), ""]
+
+
+def _bold(stamps: Sequence[str]) -> list[str]:
+    return [line for stamp in stamps for line in (f"**{markdown(stamp)}**", "")]

@@ -69,13 +69,13 @@ class Table:
     def markdown(self) -> str:
         """As GitHub writes tables; stamps follow the first cell in bold."""
         align = ["---" if place < self.left else "---:" for place in range(len(self.columns))]
-        lines = [[_markdown(name) for name in self.columns], align]
+        lines = [[markdown(name) for name in self.columns], align]
         for row in self.rows:
-            first, *rest = [_markdown(cell.text) for cell in row.cells]
-            lines.append([first + "".join(f" **{_markdown(stamp)}**" for stamp in row.stamps), *rest])
-        head = f"**{_markdown(self.title)}**\n\n" if self.title else ""
+            first, *rest = [markdown(cell.text) for cell in row.cells]
+            lines.append([first + "".join(f" **{markdown(stamp)}**" for stamp in row.stamps), *rest])
         body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-        return head + body + (f"\n\n{_markdown(self.note)}" if self.note else "") + "\n"
+        note = f"\n\n{markdown(self.note)}" if self.note else ""
+        return f"#### {markdown(self.title)}\n\n{body}{note}\n"
 
     def latex(self) -> str:
         """A booktabs table; rows set apart stand below a rule, stamps follow the first cell in italics."""
@@ -130,7 +130,8 @@ def words(text: str) -> Cell:
     return Cell(text, text.lower())
 
 
-def _markdown(text: str) -> str:
+def markdown(text: str) -> str:
+    """Text as Markdown shows it: nothing in it is markup."""
     for mark in ("\\", "|", "<", "`", "*", "_"):
         text = text.replace(mark, "&lt;" if mark == "<" else f"\\{mark}")
     return " ".join(text.split())

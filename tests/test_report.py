@@ -1,0 +1,479 @@
+"""The report: what it averages, what it refuses, what it writes, and the page as a browser shows it."""
+
+import html
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import TINY, composed
+from fake_runs import write_run
+from scipy import stats
+
+from fer.config import CONF
+from fer.errors import UserError
+from fer.report import run
+from fer.reporting.benches import make_benches
+from fer.reporting.claims import beside, load_claims
+from fer.reporting.collect import Run, read_run, read_runs
+from fer.reporting.comparisons import compare
+from fer.reporting.groups import Group, make_groups
+from fer.reporting.pictures import most_wrong
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+LEAKY = "LEAKY: predictions depend on the batch"
+FOLDS = [*TINY, "protocol=kfold", "protocol.folds=3"]
+RAFDB = ["data=rafdb", "model=convcut"]
+
+
+def report(runs: Path, output: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """``python -m fer.report`` as a user types it."""
+    command = [sys.executable, "-m", "fer.report", f"runs={runs}", f"output={output}", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def write_house(root: Path) -> None:
+    """Three seeds of two models, a leaky run, a cross-validation with holes, a paper's data set, a damaged run."""
+    for seed in range(3):
+        write_run(root / "a" / str(seed), seed=seed, accuracy=0.7, items=HOSTILE)
+        write_run(root / "b" / str(seed), seed=seed, model="dan", accuracy=0.85, items=HOSTILE)
+    write_run(root / "leaky", model="convcut", accuracy=0.97, items=HOSTILE, stamps=[LEAKY])
+    for fold in range(2):
+        write_run(root / "cv" / str(fold), words=FOLDS, fold=fold, accuracy=0.75)
+    write_run(root / "cv" / "seed1-0", words=FOLDS, fold=0, seed=1, status="failed", error=f"UserError: {HOSTILE}")
+    write_run(root / "paper", words=RAFDB, data="rafdb", model="convcut", accuracy=0.8)
+    broken = write_run(root / "broken", model="vit")
+    (broken / "predictions.csv").write_text((broken / "predictions.csv").read_text().replace(",fear,", ",joy,"))
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Run folders, and the report on them."""
+    root = tmp_path_factory.mktemp("house")
+    write_house(root / "runs")
+    done = report(root / "runs", root / "report", "compare=[cbam_resnet,dan]")
+    assert done.returncode == 0, done.stderr
+    assert "11 done" not in done.stderr
+    return root / "runs", root / "report"
+
+
+def one_group(root: Path) -> Group:
+    groups = make_groups(read_runs([root]))
+    assert len(groups) == 1
+    return groups[0]
+
+
+# -- what is averaged ---------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_predictions(house: tuple[Path, Path]) -> None:
+    runs, out = house
+    groups = pd.read_csv(out / "groups.csv").set_index("group")
+    accuracy, mean_class, confusion = [], [], np.zeros((7, 7), dtype=int)
+    for seed in range(3):
+        table = pd.read_csv(runs / "a" / str(seed) / "predictions.csv")
+        right = table["label"] == table["predicted"]
+        accuracy.append(right.mean())
+        mean_class.append(right.groupby(table["label"]).mean().mean())
+        classes = list(table.columns[5:])
+        confusion += pd.crosstab(table["label"], table["predicted"]).reindex(classes, columns=classes).to_numpy(int)
+    line = groups.loc["synthetic-cbam_resnet-official"]
+    low, high = stats.t.interval(0.95, 2, np.mean(accuracy), stats.sem(accuracy))
+    want = [np.mean(accuracy), np.std(accuracy, ddof=1), low, high, np.mean(mean_class)]
+    have = line[["acc_mean", "acc_std", "acc_low", "acc_high", "mean_acc_mean"]].to_numpy(float)
+    assert have == pytest.approx(want, abs=1e-12)
+    assert line["acc_pooled"] == pytest.approx(confusion.trace() / confusion.sum(), abs=1e-12)
+    summed = pd.read_csv(out / "confusion.csv").query("group == 'synthetic-cbam_resnet-official'")
+    assert np.array_equal(summed[classes].to_numpy(int), confusion)
+
+
+def test_folds_and_seeds_are_one_group_and_other_settings_another(tmp_path: Path) -> None:
+    for fold in range(3):
+        for seed in range(2):
+            write_run(tmp_path / f"{fold}-{seed}", words=FOLDS, fold=fold, seed=seed)
+    group = one_group(tmp_path)
+    assert (len(group.runs), group.folds, group.seeds, group.missing) == (6, [0, 1, 2], [0, 1], [])
+    assert group.images == 210
+    write_run(tmp_path / "other", words=FOLDS, settings={"model.optim.optimizer.lr": 0.2})
+    groups = make_groups(read_runs([tmp_path]))
+    assert sorted(len(g.runs) for g in groups) == [1, 6]
+    assert all("optim.optimizer.lr" in group.label for group in groups)
+    assert len({group.id for group in groups}) == 2
+
+
+def test_the_same_fold_and_seed_counts_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "old", accuracy=0.5)
+    time.sleep(0.02)
+    write_run(tmp_path / "new", accuracy=0.9)
+    group = one_group(tmp_path)
+    assert [r.path.name for r in group.runs] == ["new"]
+    assert [r.path.name for r in group.repeated] == ["old"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"split": "other"}, "another split"),
+        ({"classes": ["disgust", "anger", "fear", "happiness", "neutral", "sadness", "surprise"]}, "other classes"),
+        ({"images": 240}, "images in all parts"),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_not_averaged(tmp_path: Path, change: dict, reason: str) -> None:
+    # A config cannot tell them apart, as when the data root's content has changed between two runs.
+    write_run(tmp_path / "a", seed=0)
+    other = write_run(tmp_path / "b", seed=1, **change)
+    config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    (other / "config.yaml").write_text(yaml.safe_dump(config | {"seed": 1}))
+    groups = make_groups(read_runs([tmp_path]))
+    assert [len(group.runs) for group in groups] == [1, 1]
+    assert sum(reason in group.refused for group in groups) == 1
+    assert len(make_benches(groups)) == 2
+
+
+def test_folds_whose_test_parts_overlap_are_not_averaged(tmp_path: Path) -> None:
+    write_run(tmp_path / "0", words=FOLDS, fold=0)
+    write_run(tmp_path / "1", words=FOLDS, fold=1)
+    path = tmp_path / "1" / "predictions.csv"
+    path.write_text(path.read_text().replace("test/000001", "test/000000"))
+    groups = make_groups(read_runs([tmp_path]))
+    assert [len(group.runs) for group in groups] == [1, 1]
+    assert any("share 1 test images" in group.refused for group in groups)
+
+
+def test_rotating_validation_with_one_test_part_belongs_together(tmp_path: Path) -> None:
+    for fold in range(3):
+        write_run(tmp_path / str(fold), seed=fold, split=str(fold))
+        for name in ("config.yaml", "results.json"):
+            path = tmp_path / str(fold) / name
+            content = yaml.safe_load(path.read_text())
+            content["protocol"]["fold"], content["seed"] = fold, 0
+            path.write_text(json.dumps(content))
+    group = one_group(tmp_path)
+    assert group.folds == [0, 1, 2]
+
+
+def test_failed_unfinished_and_missing_runs_are_named(house: tuple[Path, Path]) -> None:
+    absent = pd.read_csv(house[1] / "absent.csv").fillna("")
+    lines = {(line["run"], line["status"]): line["reason"] for line in absent.to_dict("records")}
+    assert HOSTILE in lines["cv/seed1-0", "failed"]
+    assert "has no column fear" in lines["broken", "damaged"]
+    missing = set(absent[absent["status"] == "missing"]["reason"])
+    assert missing == {"seed 0: fold 2 never started", "seed 1: fold 1, 2 never started"}
+
+
+@pytest.mark.parametrize("name", ["results.json", "predictions.csv", "status.json", "config.yaml"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1]", b"item\nx\n"])
+def test_a_damaged_file_makes_a_damaged_run_and_no_crash(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / name).write_bytes(content)
+    found = read_run(folder)
+    assert found.status == "damaged"
+    assert found.error
+
+
+def test_predictions_that_contradict_the_results_are_not_believed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    lines = (folder / "predictions.csv").read_text().splitlines()
+    (folder / "predictions.csv").write_text("\n".join(lines[:-1]) + "\n")
+    assert "do not tell the same test" in read_run(folder).error
+
+
+# -- stamps and claims --------------------------------------------------------------------------------------------
+
+
+def test_stamped_runs_stand_apart_and_their_stamp_beside_every_figure(house: tuple[Path, Path]) -> None:
+    runs, out = house
+    bench = next(b for b in make_benches(make_groups(read_runs([runs]))) if len(b.groups) == 3)
+    assert [group.model for group in bench.ranked] == ["dan", "cbam_resnet", "convcut"]  # though convcut has most right
+    assert [bench.apart(group) for group in bench.ranked] == [False, False, True]
+    page = (out / "report.html").read_text()
+    row = re.search(r'<tbody class="apart">\s*<tr><td[^>]*><a href="#synthetic-convcut-official">.*?</td>', page, re.S)
+    assert row
+    assert LEAKY in row[0]
+    section = (out / "report.md").read_text().split("\n## synthetic · official\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| convcut")]
+    assert len(lines) == 2  # results and classes
+    assert all(LEAKY in line for line in lines)
+    for figure in ("curves", "reliability"):
+        assert "LEAKY" in (out / "figures" / f"synthetic-convcut-official-{figure}.svg").read_text()
+    assert "LEAKY" in (out / "report.tex").read_text()
+    stamped = pd.read_csv(out / "groups.csv").set_index("group")["stamps"].fillna("")
+    assert stamped["synthetic-convcut-official"] == LEAKY
+    assert stamped["synthetic-dan-official"] == ""
+
+
+def test_selection_on_test_is_stamped_even_where_the_run_forgot(tmp_path: Path) -> None:
+    assert read_run(write_run(tmp_path / "run", selected_on="test")).stamps == ("selected_on: test",)
+
+
+def test_claims_stand_beside_what_was_measured_with_the_differences(house: tuple[Path, Path]) -> None:
+    claims = pd.read_csv(house[1] / "claims.csv").fillna("")
+    line = claims[claims["group"] == "rafdb-convcut-official"].iloc[0]
+    assert line["claimed_acc"] == 97.33
+    assert line["gap"] == pytest.approx(line["measured_acc"] - 97.33)
+    for part in ("void", "3,068 test images; here 210", "chosen on test; here on val", "ImageNet; here random"):
+        assert part in line["differences"]
+    assert len(claims) > 10  # the other claims on RAF-DB are listed too
+
+
+def test_every_claim_names_data_and_models_that_exist() -> None:
+    claims = load_claims(CONF / "claims.yaml")
+    assert len(claims) >= 35
+    for claim in claims:
+        assert all((CONF / "data" / f"{name}.yaml").is_file() for name in claim.data)
+        assert claim.model is None or (CONF / "model" / f"{claim.model}.yaml").is_file()
+        assert 0 < claim.acc < 100
+    # Each paper's own network is set beside its measured figure.
+    ours = {(claim.model, data) for claim in claims for data in claim.data}
+    papers = {"resattn_vit": "rafdb", "cbam_resnet": "fer2013", "two_stream": "affectnet", "convcut": "ferplus"}
+    assert (
+        set(papers.items()) | {("cbam_resnet", "ckplus"), ("multiscale_region", "rafdb"), ("convcut", "rafdb")} <= ours
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"paper": "x"}, "paper: x is not one of"),
+        ({"paper": "p", "accuracy": 1}, "unknown key accuracy"),
+        ({"paper": "p", "method": "m"}, "missing"),
+    ],
+)
+def test_a_claims_file_with_a_mistake_says_where(tmp_path: Path, entry: dict, said: str) -> None:
+    path = tmp_path / "claims.yaml"
+    path.write_text(yaml.safe_dump({"papers": {"p": "P"}, "claims": [entry]}))
+    with pytest.raises(UserError, match=said):
+        load_claims(path)
+    with pytest.raises(UserError, match="no such file"):
+        load_claims(tmp_path / "none.yaml")
+
+
+def test_a_claim_on_a_variant_goes_to_that_variant(tmp_path: Path) -> None:
+    for landmark in (True, False):
+        words = ["data=affectnet", "model=two_stream", f"model.landmark={str(landmark).lower()}"]
+        write_run(tmp_path / str(landmark), words=words, data="affectnet", model="two_stream")
+    bench = make_benches(make_groups(read_runs([tmp_path])))[0]
+    pairs = {one.claim.method: one.group for one in beside(bench, load_claims(CONF / "claims.yaml")) if one.group}
+    assert pairs["two-stream without landmark stage"].settings["model.landmark"] is False
+    assert pairs["complete two-stream, no CelebA pre-training"].settings["model.landmark"] is True
+
+
+# -- comparisons --------------------------------------------------------------------------------------------------
+
+
+def test_comparisons_of_the_house(house: tuple[Path, Path]) -> None:
+    runs, out = house
+    table = pd.read_csv(out / "comparisons.csv")
+    assert set(table["test"]) == {"McNemar", "paired bootstrap"}
+    assert len(table[table["test"] == "McNemar"]) == 3  # one for each seed
+    right = {}
+    for name in "ab":
+        predictions = pd.read_csv(runs / name / "1" / "predictions.csv")
+        right[name] = (predictions["label"] == predictions["predicted"]).to_numpy()
+    only = int((right["a"] & ~right["b"]).sum()), int((right["b"] & ~right["a"]).sum())
+    line = table[(table["test"] == "McNemar") & table["n"].str.contains("seed 1")].iloc[0]
+    assert line["p"] == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
+    assert line["difference"] == pytest.approx(right["a"].mean() - right["b"].mean())
+    assert (table["p_holm"] >= table["p"]).all()
+
+
+def test_cross_validations_are_compared_over_folds_and_data_sets(tmp_path: Path) -> None:
+    for data in ("rafdb", "ferplus"):
+        for model, accuracy in (("dan", 0.9), ("vit", 0.7)):
+            for fold in range(3):
+                folder = tmp_path / f"{data}-{model}-{fold}"
+                write_run(folder, words=FOLDS, data=data, model=model, fold=fold, accuracy=accuracy, images=600)
+    groups = make_groups(read_runs([tmp_path]))
+    verdicts = compare(groups, ["dan", "vit"], 500, 0)
+    assert {v.test for v in verdicts} == {"McNemar", "paired bootstrap", "corrected resampled t", "Wilcoxon"}
+    mcnemar = [v for v in verdicts if v.test == "McNemar"]
+    assert [v.n.split()[0] for v in mcnemar] == ["600", "600"]  # each image of the pool once
+    assert all(0.1 < v.outcome.difference < 0.3 and v.p_holm < 0.001 for v in mcnemar)
+    assert all("2 data sets" in v.n for v in verdicts if v.test == "Wilcoxon")
+    again = compare(groups, ["dan", "vit"], 500, 0)
+    assert [v.outcome.p for v in again] == [v.outcome.p for v in verdicts]
+
+
+def test_single_runs_are_compared_by_their_paths(tmp_path: Path) -> None:
+    paths = [str(write_run(tmp_path / str(seed), seed=seed)) for seed in range(2)]
+    verdicts = compare(make_groups(read_runs([tmp_path])), paths, 500, 0)
+    assert [v.test for v in verdicts] == ["McNemar", "paired bootstrap", "paired bootstrap"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"items": "elsewhere"}, "0 of them the same"),
+        ({"images": 240}, "210 of them the same"),
+        ({"stamps": [LEAKY]}, "only one of them is stamped"),
+        ({"classes": ["anger", "contempt", "fear", "happiness", "neutral", "sadness", "surprise"]}, "other classes"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: dict, said: str) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", model="dan", **change)
+    with pytest.raises(UserError, match=said):
+        compare(make_groups(read_runs([tmp_path])), ["cbam_resnet", "dan"], 500, 0)
+
+
+def test_names_that_choose_nothing_or_too_much_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", settings={"model.dropout": 0.1})
+    write_run(tmp_path / "c", model="dan")
+    groups = make_groups(read_runs([tmp_path]))
+    with pytest.raises(UserError, match="no finished group, model or run folder of that name; expected one of"):
+        compare(groups, ["dan", "nobody"], 500, 0)
+    with pytest.raises(UserError, match="name one of them by its id"):
+        compare(groups, ["dan", "cbam_resnet"], 500, 0)
+    with pytest.raises(UserError, match="at least two"):
+        compare(groups, ["dan"], 500, 0)
+
+
+# -- files and page -----------------------------------------------------------------------------------------------
+
+
+def test_everything_of_data_is_escaped_and_nothing_is_fetched(house: tuple[Path, Path]) -> None:
+    page = (house[1] / "report.html").read_text()
+    assert html.escape(HOSTILE) in page
+    assert HOSTILE not in page
+    assert "default-src 'none'" in page
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", page)
+    assert not re.findall(r"url\(|@import|https?://", re.sub(r'base64,[^"]*', "", page))
+    assert HOSTILE not in (house[1] / "report.md").read_text()
+
+
+def test_latex_is_balanced_and_escaped(house: tuple[Path, Path]) -> None:
+    text = (house[1] / "report.tex").read_text()
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") >= 8
+    assert text.count("{") == text.count("}")
+    assert r"cbam\_resnet" in text
+    for line in text.splitlines():
+        if line.endswith(r"\\"):
+            assert not re.search(r"(?<!\\)[%#_]", line)
+
+
+BROWSER = """<!DOCTYPE html><iframe id="f" src="report.html" width="1280" height="3000"></iframe><pre id="out"></pre>
+<script>
+document.getElementById("f").onload = () => {
+  const page = document.getElementById("f").contentDocument;
+  const text = (table, n) => [...table.tBodies].map(b => [...b.rows].map(r => r.cells[n].textContent.trim()));
+  const table = page.querySelector("table.results tbody.apart").closest("table");
+  const before = text(table, 1);
+  table.tHead.rows[0].cells[1].querySelector("button").click();
+  const up = text(table, 1);
+  table.tHead.rows[0].cells[1].querySelector("button").click();
+  const down = text(table, 1);
+  table.tHead.rows[0].cells[0].querySelector("button").click();
+  document.getElementById("out").textContent = JSON.stringify({
+    pictures: [...page.images].map(i => i.complete ? i.naturalWidth : 0),
+    fetched: page.defaultView.performance.getEntriesByType("resource").map(e => e.name).filter(n => !/^data:/.test(n)),
+    before, up, down, names: text(table, 0), title: page.title,
+  });
+};
+</script>"""
+
+
+def test_the_page_in_a_browser_without_a_network(house: tuple[Path, Path], tmp_path: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
+    shutil.copy(house[1] / "report.html", tmp_path)
+    (tmp_path / "wrapper.html").write_text(BROWSER)
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-web-security", "--virtual-time-budget=20000"]
+    words += [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
+    command = [chromium, *words, (tmp_path / "wrapper.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout
+    found = re.search(r'<pre id="out">(.+?)</pre>', shown, re.S)
+    assert found, shown[-2000:]
+    seen = json.loads(html.unescape(found[1]))
+    assert len(seen["pictures"]) > 10
+    assert all(width > 0 for width in seen["pictures"])
+    assert seen["fetched"] == []
+
+    def values(part: list[str]) -> list[float]:
+        return [float(text.split()[0]) for text in part]
+
+    (honest, apart), (up, apart_up), (down, _) = seen["before"], seen["up"], seen["down"]
+    assert values(up) == sorted(values(honest))
+    assert values(down) == sorted(values(honest), reverse=True)
+    assert apart == apart_up  # what is set apart stays apart, whatever is sorted
+    assert values(apart)[0] > max(values(up))
+
+
+# -- real runs ----------------------------------------------------------------------------------------------------
+
+
+def keys(value: object, name: str = "") -> set[str]:
+    """Dotted names of all keys; those of class names and counts apart."""
+    if not isinstance(value, dict):
+        return {name}
+    return {name} | {key for k, v in value.items() for key in keys(v, f"{name}.{k}")}
+
+
+def test_fake_runs_are_like_real_ones(whole: Path, tmp_path: Path) -> None:
+    fake = write_run(tmp_path / "run")
+    for name in ("results.json", "split.json", "status.json", "confusion_test.json"):
+        want, have = (json.loads((folder / name).read_text()) for folder in (whole, fake))
+        assert keys(have) - keys(want) - {".versions.python"} == set(), name
+    for name in ("predictions.csv", "metrics.csv"):
+        want, have = (pd.read_csv(folder / name) for folder in (whole, fake))
+        assert set(have) == set(want), name
+    assert set(read_run(fake).settings) == set(read_run(whole).settings)
+
+
+def test_a_real_run_shows_its_wrong_images(whole: Path) -> None:
+    group = one_group(whole)
+    assert isinstance(group.runs[0], Run)
+    wrong = most_wrong(group, 5, [], thumbnails=True)
+    assert len(wrong) == 5
+    assert all(one.thumbnail.startswith("iVBOR") for one in wrong)  # a PNG in base64
+    assert wrong == sorted(wrong, key=lambda one: -one.confidence)
+    assert not any(one.thumbnail for one in most_wrong(group, 5, [], thumbnails=False))
+    table = pd.read_csv(whole / "predictions.csv").set_index("item")
+    assert all(table.loc[one.item, "label"] == one.label != one.predicted for one in wrong)
+
+
+# -- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "runs is missing"),
+        (["runs=nowhere"], "no such folder"),
+        (["runs=.", "resamples=3", "thumbnails=2"], "resamples=3.*\n.*thumbnails=2"),
+        (["runs=."], "no run folder"),
+    ],
+)
+def test_mistakes_are_one_sentence_each(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        run(composed(*words, command="report"))
+
+
+@pytest.mark.slow
+def test_a_thousand_runs_in_a_minute_and_a_gigabyte(tmp_path: Path) -> None:
+    for number in range(1000):
+        group, seed = divmod(number, 50)
+        settings = {"model.dropout": group / 40}
+        write_run(tmp_path / "runs" / str(group) / str(seed), seed=seed, settings=settings, images=200)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = report(tmp_path / "runs", tmp_path / "report")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert "1,000 runs" in done.stdout
+    assert "20 groups" in done.stdout
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{seconds:.1f} s of CPU, {after.ru_maxrss / 1024:.0f} MB")
+    assert seconds < 60
+    assert after.ru_maxrss < 1024 * 1024  # kilobytes
