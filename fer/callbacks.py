@@ -49,7 +49,7 @@ class Randomness(Callback):
 
 def stamps_of(data: ExpressionDataModule, module: ExpressionModule) -> list[str]:
     """Sentences every table and picture of a run must carry."""
-    return [*data.split.stamps, *([module.leaky] if module.leaky else [])]
+    return [*data.split.stamps, *module.stamps]
 
 
 def save_confusion(

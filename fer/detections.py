@@ -1,4 +1,4 @@
-"""What a run that finds faces writes after its test: ``detections.json``, and the picture beside the truth."""
+"""What a run that finds faces or regions writes after its test: pictures beside the truth, ``detections.json``."""
 
 import statistics
 import time
@@ -13,13 +13,16 @@ from torch import Tensor
 
 from fer.data.base import ExpressionDataModule
 from fer.detection_metrics import Image
+from fer.layers.regions import KINDS
 from fer.loggers import Wandb
 from fer.metrics import Array
 from fer.models.detection import FaceDetector
+from fer.models.multiscale_region import MultiscaleRegion
 from fer.reporting.detections import detections_figure
 from fer.runs import RunFolder, write_json
 
 WARM_UPS = 20
+REGION_IMAGES = 6  # drawn with their regions
 
 
 class Detections(Callback):
@@ -83,6 +86,31 @@ class Detections(Callback):
         figure.savefig(picture, dpi=120)
         if isinstance(trainer.logger, Wandb):
             trainer.logger.log_image("test/detections", [str(picture)])
+
+
+class RegionPicture(Callback):
+    """Draws the face and organs found in the first images of the test part beside the known ones: ``regions.png``."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._pixels: list[Array] = []
+
+    def on_test_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        """Keep the images."""
+        room = REGION_IMAGES - len(self._pixels)
+        self._pixels += [visible(image, module.mean, module.std) for image in batch["image"][:room]]
+
+    def on_test_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Write the picture; W&B gets it too."""
+        assert isinstance(module, MultiscaleRegion)
+        images = module.regions["test"][: len(self._pixels)]
+        if not images:
+            return
+        figure = detections_figure(self._pixels, images, KINDS, module.network.score)
+        picture = self.folder.path / "regions.png"
+        figure.savefig(picture, dpi=120)
+        if isinstance(trainer.logger, Wandb):
+            trainer.logger.log_image("test/regions", [str(picture)])
 
 
 def _listed(

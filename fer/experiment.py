@@ -25,12 +25,13 @@ from fer.callbacks import Predictions, Randomness, Recorder, WandbPictures, meas
 from fer.config import argument_problems, unsafe_entries
 from fer.data.base import ExpressionDataModule
 from fer.data.manifest import PARTS
-from fer.detections import Detections
+from fer.detections import Detections, RegionPicture
 from fer.errors import UserError
 from fer.loggers import Wandb
 from fer.models.averaging import WeightAverage
 from fer.models.base import ExpressionModule
 from fer.models.detection import FaceDetector
+from fer.models.multiscale_region import MultiscaleRegion
 from fer.runs import RunFolder, code_version, git_commit, job_key, read_json, versions, write_json
 from fer.trainer import Trainer, choose_threads, load_checkpoint
 
@@ -173,6 +174,8 @@ def _train_and_test(
     detections = Detections(folder) if isinstance(module, FaceDetector) and module.detection else None
     if detections is not None:
         callbacks.append(detections)
+    if isinstance(module, MultiscaleRegion) and module.rois != "none":
+        callbacks.append(RegionPicture(folder))
     if config.trainer.patience is not None:
         callbacks.append(
             lightning.pytorch.callbacks.EarlyStopping(module.monitor, patience=config.trainer.patience, mode="max")
@@ -331,6 +334,7 @@ def print_summary(results: dict[str, Any], folder: RunFolder) -> None:
         ("NLL", "nll"),
         ("mAP@0.5", "map50"),
         ("face AP@0.5", "face_ap50"),
+        ("mAP@0.5 of face, eyes, nose, mouth", "region_map50"),
     ]
     for text, key in rows:
         if key in test:

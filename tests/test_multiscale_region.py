@@ -1,18 +1,24 @@
 """Multi-scale region network: counts, stages, boxes and losses against slow references, missing regions."""
 
+import json
 import math
 
 import pytest
 import torch
+from conftest import composed
+from fakes import write_rafdb
+from hydra.utils import instantiate
 from model_builds import batch_of, build, cheap, images, neighbour_dependence, parameter_count, shaken
 from torch import nn
 from torchvision.ops import box_iou, nms
 
 from fer.errors import UserError
+from fer.experiment import run_experiment
 from fer.layers.boxes import best_boxes, decode, encode, grid_anchors
 from fer.layers.region_loss import focal_binary, focal_softmax, head_loss, proposal_loss
-from fer.layers.region_pyramid import BASES, STRIDES, RegionHead, crop
+from fer.layers.region_pyramid import STRIDES, RegionHead, crop
 from fer.layers.regions import FACE, Regions, jittered, without_duplicates
+from fer.models.multiscale_region import MultiscaleRegion
 
 
 def test_parameters_and_stages():
@@ -36,7 +42,9 @@ def test_parameters_and_stages():
 
 
 def test_anchors():
-    anchors = grid_anchors([56, 28, 14, 7, 4], STRIDES, BASES)
+    with torch.device("meta"):
+        assert build("multiscale_region").network.proposals.anchors.shape == (37_629, 4)
+    anchors = grid_anchors([56, 28, 14, 7, 4], STRIDES, [32, 64, 128, 256, 512])
     assert anchors.shape == (37_629, 4)
     size = anchors[:, 2:] - anchors[:, :2]
     centre = (anchors[:, 2:] + anchors[:, :2]) / 2
@@ -121,10 +129,12 @@ def slow_smooth_l1(a, b):
     return sum(0.5 * x * x * 9 if x < 1 / 9 else x - 0.5 / 9 for x in d)
 
 
-def slow_proposal_loss(logits, codes, anchors, truth, present, gamma):
+def slow_proposal_loss(logits, codes, anchors, truth, present, complete, gamma):
     """Anchor by anchor."""
     total, positives = 0.0, 0
     for b in range(len(truth)):
+        if not complete[b]:
+            continue
         known = [t for t in range(truth.shape[1]) if present[b, t]]
         iou = box_iou(anchors, truth[b])
         for a in range(len(anchors)):
@@ -150,8 +160,10 @@ def test_proposal_loss_against_a_slow_one():
     present = torch.rand(3, 5, generator=generator) > 0.3
     present[2] = False
     logits, codes = torch.randn(3, 324, generator=generator), torch.randn(3, 324, 4, generator=generator)
-    got = proposal_loss(logits, codes, anchors, truth, present, gamma=2.0)
-    assert got.item() == pytest.approx(slow_proposal_loss(logits, codes, anchors, truth, present, 2.0), rel=1e-4)
+    for complete in (torch.tensor([True, True, True]), torch.tensor([False, True, True]), torch.tensor([False] * 3)):
+        got = proposal_loss(logits, codes, anchors, truth, present, complete, gamma=2.0)
+        expected = slow_proposal_loss(logits, codes, anchors, truth, present, complete, 2.0)
+        assert got.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_head_loss_against_a_slow_one():
@@ -161,9 +173,13 @@ def test_head_loss_against_a_slow_one():
     rois = torch.cat([some_boxes(2, 6, generator=generator), jittered(truth, 100)], dim=1)
     logits, codes = torch.randn(2, 11, 5, generator=generator), torch.randn(2, 11, 4, 4, generator=generator)
     total, positives = 0.0, 0
+    counted = torch.ones(2, 11, dtype=torch.bool)
+    counted[0, 8] = counted[1, 2] = False
     for b in range(2):
         iou = box_iou(rois[b], truth[b]) * present[b]
         for r in range(11):
+            if not counted[b, r]:
+                continue
             t = int(iou[r].argmax())
             kind = int(kinds[t]) if iou[r, t] >= 0.5 else 0
             p = logits[b, r].double().softmax(0)[kind].item()
@@ -172,7 +188,7 @@ def test_head_loss_against_a_slow_one():
                 positives += 1
                 total += slow_smooth_l1(codes[b, r, kind - 1], encode(truth[b, t], rois[b, r]))
     assert positives >= 3
-    got = head_loss(logits, codes, rois, truth, present, kinds, gamma=2.0)
+    got = head_loss(logits, codes, rois, counted, truth, present, kinds, gamma=2.0)
     assert got.item() == pytest.approx(total / positives, rel=1e-4)
 
 
@@ -245,7 +261,7 @@ def trained_detector(steps, *overrides):
         optimizer.step()
         losses.append(loss.item())
     regions = module.network.detect(module.network.judge(module.network.forward_maps(batch["image"])))
-    return module, losses, regions, module._truth(batch)
+    return module, losses, regions, module._known(batch).regions
 
 
 def test_first_stage_trains_the_detector_alone():
@@ -264,12 +280,14 @@ def test_detector_learns_its_regions():
 
 def test_missing_labels_of_regions():
     module = cheap("multiscale_region")
-    batch = batch_of(module, 3)
+    batch = batch_of(module, 4)
     batch["box"][0] = math.nan
     batch["organ_boxes"][1, 2] = math.nan
-    truth = module._truth(batch)
+    batch["organ_boxes"][3] = math.nan
+    truth, _, complete = module._known(batch)
+    assert complete.tolist() == [False, True, True, False]
     assert truth.present.tolist() == [
-        [False, True, True, True, True], [True, True, True, False, True], [True] * 5,
+        [False, True, True, True, True], [True, True, True, False, True], [True] * 5, [True, *[False] * 4],
     ]  # fmt: skip
     assert truth.boxes.isfinite().all()
     loss, _ = module.loss(batch)
@@ -362,7 +380,7 @@ def test_every_face_teaches():
     batch["face_boxes"][2, 1] = batch["face_organ_boxes"][2, 1] = math.nan
     batch["face_labels"][2, 1] = -1
     seen = []
-    module.network.detection_loss = lambda maps, truth, gamma: seen.append(truth) or torch.zeros(())
+    module.network.detection_loss = lambda maps, truth, complete, gamma: seen.append(truth) or torch.zeros(())
     module.network.classifier.register_forward_hook(lambda _m, _i, out: seen.append(out))
     torch.manual_seed(0)
     loss, logits = module.loss(batch)
@@ -425,3 +443,176 @@ def test_scores_of_regions_without_naming_every_face():
     assert [scores[f"region_ap50_{kind}"] for kind in ("face", "eye", "nose", "mouth")] == [1] * 4
     assert "map50" not in scores
     assert scores["acc"] == pytest.approx((module(batch["image"]).argmax(1) == batch["label"]).float().mean().item())
+
+
+# -- modes ------------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_regions_are_no_background():
+    """An image whose organs were rejected teaches the detector nothing, and takes no part in its scores."""
+    module = cheap("multiscale_region").eval()
+    torch.manual_seed(0)
+    batch = batch_of(module, 2)
+    batch["organ_boxes"][0] = math.nan
+    maps = module.network.forward_maps(batch["image"])
+    for m in maps:
+        m.retain_grad()
+    truth, _, complete = module._known(batch)
+    module.network.detection_loss(maps, truth, complete, 2.0).backward()
+    assert not any(m.grad[0].any() for m in maps)
+    assert any(m.grad[1].any() for m in maps)
+    module.validation_step(batch, 0)
+    first, second = module.regions["val"]
+    assert len(first.boxes) == len(first.true_boxes) == 0
+    assert len(second.true_boxes) == 5
+
+
+def test_scenes_teach_the_detector_all_faces_and_the_label_of_the_first():
+    module = cheap("multiscale_region").eval()
+    batch = two_faces(module, 3)
+    seen = []
+    module.network.detection_loss = lambda maps, truth, complete, gamma: seen.append(truth) or torch.zeros(())
+    loss, logits = module.loss(batch)
+    assert seen[0].present.shape == (6, 5)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, batch["label"]))
+
+
+def test_known_regions_are_an_oracle_and_say_so():
+    module = shaken(cheap("multiscale_region", "rois=pseudo"))
+    batch = {**batch_of(module, 3), "index": torch.arange(3)}
+    batch["box"][1] = math.nan
+    truth = module._known(batch).regions
+    with torch.inference_mode():
+        expected = module.classify(module.network.describe(module.network.forward_maps(batch["image"]), truth)).softmax(
+            1
+        )
+        torch.testing.assert_close(module.test_step(batch, 0)["probabilities"], expected)
+        scores = module.scores("test")
+    assert (scores["faces_missing"], scores["organs_missing"]) == (1, 0)
+    assert "region_map50" in scores  # the detector's own
+    assert any("oracle" in stamp for stamp in module.stamps)
+    assert not cheap("multiscale_region").stamps
+    with pytest.raises(UserError, match="one view"):
+        module.test_step({**batch, "image": batch["image"][:, None]}, 0)
+    with pytest.raises(UserError, match=r"model\.rois=all is not one of"):
+        cheap("multiscale_region", "rois=all")
+
+
+def test_missing_regions_are_counted():
+    module = shaken(cheap("multiscale_region"))
+    answering(module.network, [PLANTED[0], PLANTED[1], PLANTED[4]], [1, 2, 4])
+    module.validation_step(batch_of(module, 3), 0)
+    scores = module.scores("val")
+    assert (scores["faces_missing"], scores["organs_missing"]) == (0, 6)
+    module.reset("val")
+    answering(module.network, [[0.0, 0, 3, 3]], [0])
+    module.validation_step(batch_of(module, 2), 0)
+    assert (module.scores("val")["faces_missing"], module.scores("val")["organs_missing"]) == (2, 8)
+
+
+def test_stages_of_training():
+    """First the detector alone, then the expression too, on regions moved by up to a tenth."""
+    module = cheap("multiscale_region", "detector_epochs=1").train()
+    batch = batch_of(module, 4)
+    seen = []
+    describe = module.network.describe
+    module.network.describe = lambda maps, regions, image: seen.append(regions) or describe(maps, regions, image)
+    loss, _ = module.loss(batch)
+    loss.backward()
+    assert not any(p.grad.any() for p in module.network.classifier.parameters())
+    truth = module._known(batch).regions.boxes
+    side = (truth[..., 2:] - truth[..., :2]).repeat(1, 1, 2)
+    shift = ((seen[0].boxes - truth) / side).abs()
+    assert 0.05 < shift.max() <= 0.15 + 1e-6  # a tenth of the centre and half a tenth of each side
+    module.trainer = type("Trainer", (), {"current_epoch": 1})()
+    loss, _ = module.loss(batch)
+    loss.backward()
+    assert all(p.grad.any() for p in module.network.classifier.parameters())
+
+
+def test_anchors_and_crops_are_options():
+    network = cheap("multiscale_region", "anchor=8", "organ_crop=5", "face_crop=9").network
+    sides = network.proposals.anchors[:, 2:] - network.proposals.anchors[:, :2]
+    assert sides[0].tolist() == [8, 8]
+    assert sides[-9].tolist() == [128, 128]
+    seen = []
+    for block in (network.organ, network.face):
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    network.eval()(images(3, 64))
+    assert [tuple(s) for s in seen] == [(12, 16, 5, 5), (3, 16, 9, 9)]
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+RUN = [
+    *["data=synthetic", "data.train=40", "data.val=14", "data.test=14", "data.subjects=40", "data.store_size=64"],
+    *["data.batch_size=10", "data.eval_batch_size=10", "data.num_workers=0", "augment=multiscale_region"],
+    *["model=multiscale_region", "model.pretrained=false", "model.backbone=test_resnet", "model.image_size=64"],
+    *["model.width=16", "model.proposals=8", "model.anchor=8", "model.organ_crop=3", "model.face_crop=8"],
+    *["model.detector_epochs=1", "trainer=cpu", "trainer.threads=1", "trainer.enable_progress_bar=false"],
+]
+
+
+@pytest.fixture(scope="module", params=["detector", "pseudo", "none"])
+def run(request, tmp_path_factory, cache):
+    """The mode, and the folder of a run of seconds in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FER_CACHE", str(cache))
+        patch.setenv("WANDB_MODE", "offline")
+        folder = tmp_path_factory.mktemp(request.param)
+        epochs = 2 if request.param == "detector" else 1
+        run_experiment(composed(*RUN, f"model.rois={request.param}", f"trainer.max_epochs={epochs}"), folder)
+    return request.param, folder
+
+
+def test_every_mode_runs(run):
+    mode, folder = run
+    results = json.loads((folder / "results.json").read_text())
+    test = results["metrics"]["test"]
+    assert ("region_ap50_eye" in test) == ("organs_missing" in test) == (mode != "none")
+    assert any("oracle" in stamp for stamp in results["stamps"]) == (mode == "pseudo")
+    assert (folder / "regions.png").exists() == (mode != "none")
+    assert sum(map(sum, results["confusion"]["test"])) == 14
+
+
+def test_a_run_draws_its_regions(run):
+    mode, folder = run
+    if mode != "none":
+        assert (folder / "regions.png").stat().st_size > 10_000
+        assert list((folder / "wandb").glob("offline-run-*/files/media/images/test/regions*.png"))
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def opened(*words):
+    config = composed(*words, "model=multiscale_region", "model.pretrained=false", "augment=none", "data.num_workers=0")
+    data = instantiate(config.data)
+    data.open()
+    return config, data
+
+
+def test_data_without_regions_are_refused_before_training(tmp_path):
+    write_rafdb(tmp_path)
+    words = ["data=rafdb", f"data.root={tmp_path}", "protocol.val_fraction=0.34"]
+    config, data = opened(*words)
+    with pytest.raises(UserError, match=r"RAF-DB.*data\.image=original.*fer\.prepare.*model\.rois=none"):
+        MultiscaleRegion.from_data(config.model, data)
+    config.model.rois = "none"
+    assert MultiscaleRegion.from_data(config.model, data) == {}
+
+
+def test_made_regions_and_faces_that_fill_their_images_are_told(tmp_path, caplog):
+    write_rafdb(tmp_path)
+    words = ["data=rafdb", f"data.root={tmp_path}", "protocol.val_fraction=0.34", "data.image=original"]
+    caplog.set_level("INFO")
+    assert MultiscaleRegion.from_data(*models_of(opened(*words, "data.crop=none"))) == {}
+    assert "regions made from 5 landmarks: " in caplog.text
+    assert "fill their image" not in caplog.text
+    MultiscaleRegion.from_data(*models_of(opened(*words)))
+    assert "100 % of the faces fill their image" in caplog.text
+
+
+def models_of(opened_data):
+    config, data = opened_data
+    return config.model, data

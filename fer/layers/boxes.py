@@ -9,7 +9,7 @@ from torchvision.ops import box_iou  # type: ignore[import-untyped]
 LARGEST_GROWTH = math.log(1000 / 16)  # of a decoded side over its anchor's, as a logarithm
 
 
-def grid_anchors(sides: list[int], strides: list[int], bases: list[int]) -> Tensor:
+def grid_anchors(sides: list[int], strides: list[int], bases: list[float]) -> Tensor:
     """Nine anchors a position: three scales times the ratios (height over width) 1:1, 2:1, 1:2 (RetinaNet).
 
     Args:

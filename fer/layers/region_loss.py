@@ -1,4 +1,4 @@
-"""Training a region detector from five known boxes an image: matching and losses, batched (Zhang et al. 2022)."""
+"""Training a region detector from the known boxes of images: matching and losses, batched (Zhang et al. 2022)."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def overlaps(boxes: Tensor, truth: Tensor, present: Tensor) -> Tensor:
 
 
 def proposal_loss(
-    logits: Tensor, codes: Tensor, anchors: Tensor, truth: Tensor, present: Tensor, gamma: float
+    logits: Tensor, codes: Tensor, anchors: Tensor, truth: Tensor, present: Tensor, complete: Tensor, gamma: float
 ) -> Tensor:
     """Focal objectness and smooth-L1 boxes, both over the number of positive anchors.
 
@@ -41,14 +41,15 @@ def proposal_loss(
         anchors: (A, 4).
         truth: (B, T, 4) known boxes; arbitrary finite ones where not present.
         present: (B, T).
+        complete: (B,) images of which all regions are known; the others do not count.
         gamma: Of the focal loss.
     """
     iou = overlaps(anchors, truth, present)
     best, owner = iou.max(2)
     of_a_box = (iou == iou.amax(1, keepdim=True)) & (iou > 0)
-    positive = (best >= 0.5) | of_a_box.any(2)
+    positive = ((best >= 0.5) | of_a_box.any(2)) & complete[:, None]
     owner = torch.where(of_a_box.any(2), of_a_box.long().argmax(2), owner)
-    counted = positive | (best < 0.4)
+    counted = positive | ((best < 0.4) & complete[:, None])
     objectness = (focal_binary(logits, positive, gamma) * counted).sum()
     target = encode(truth.gather(1, owner[..., None].expand(-1, -1, 4)), anchors)
     distance = F.smooth_l1_loss(codes, target, reduction="none", beta=SMOOTH_L1_BETA).sum(2)
@@ -56,7 +57,14 @@ def proposal_loss(
 
 
 def head_loss(
-    logits: Tensor, codes: Tensor, rois: Tensor, truth: Tensor, present: Tensor, kinds: Tensor, gamma: float
+    logits: Tensor,
+    codes: Tensor,
+    rois: Tensor,
+    counted: Tensor,
+    truth: Tensor,
+    present: Tensor,
+    kinds: Tensor,
+    gamma: float,
 ) -> Tensor:
     """Focal kind and smooth-L1 boxes of the region head, over the number of boxes that hold something (IoU 0.5).
 
@@ -64,16 +72,17 @@ def head_loss(
         logits: (B, R, 1 + classes), background first.
         codes: (B, R, classes, 4).
         rois: (B, R, 4).
+        counted: (B, R) which of them count.
         truth: (B, T, 4) known boxes.
         present: (B, T).
         kinds: (T,) class of each known box, from 1.
         gamma: Of the focal loss.
     """
     best, owner = overlaps(rois, truth, present).max(2)
-    positive = best >= 0.5
+    positive = (best >= 0.5) & counted
     kind = torch.where(positive, kinds[owner], 0)
     target = encode(truth.gather(1, owner[..., None].expand(-1, -1, 4)), rois)
     own = (kinds[owner] - 1)[..., None, None].expand(-1, -1, 1, 4)
     distance = F.smooth_l1_loss(codes.gather(2, own).squeeze(2), target, reduction="none", beta=SMOOTH_L1_BETA).sum(2)
-    total = focal_softmax(logits, kind, gamma).sum() + (distance * positive).sum()
+    total = (focal_softmax(logits, kind, gamma) * counted).sum() + (distance * positive).sum()
     return total / positive.sum().clamp(min=1)

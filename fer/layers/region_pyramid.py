@@ -10,7 +10,6 @@ from torchvision.ops import roi_align  # type: ignore[import-untyped]
 from fer.layers.boxes import best_boxes, decode, grid_anchors
 
 STRIDES = [8, 16, 32, 64, 128]  # of P3 to P7
-BASES = [32, 64, 128, 256, 512]  # smallest anchor of each level
 ANCHORS = 9  # a position
 
 
@@ -70,12 +69,13 @@ class RegionProposals(nn.Module):
     Args:
         channels: Of the pyramid.
         image_size: Side of the image, a multiple of 32.
+        anchor: Side of the smallest square anchor on P3, doubled from level to level.
         proposals: Boxes handed on.
     """
 
     anchors: Tensor
 
-    def __init__(self, channels: int, image_size: int, proposals: int) -> None:
+    def __init__(self, channels: int, image_size: int, anchor: float, proposals: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness = nn.Conv2d(channels, ANCHORS, 1)
@@ -86,7 +86,8 @@ class RegionProposals(nn.Module):
         nn.init.constant_(self.objectness.bias, -math.log(99))  # type: ignore[arg-type]
         sides = [image_size // stride for stride in STRIDES[:3]]
         sides += [(sides[-1] + 1) // 2, (sides[-1] + 3) // 4]
-        self.register_buffer("anchors", grid_anchors(sides, STRIDES, BASES), persistent=False)
+        bases = [anchor * 2**level for level in range(len(STRIDES))]
+        self.register_buffer("anchors", grid_anchors(sides, STRIDES, bases), persistent=False)
         self.image_size, self.proposals = image_size, proposals
 
     def forward(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,11 @@ class ExpressionModule(LightningModule, abc.ABC):
         self.optim = optim
         self.tallies = nn.ModuleDict({stage: Tally(self.num_classes) for stage in ("train_", "val", "test")})
 
+    @property
+    def stamps(self) -> list[str]:
+        """Sentences every result of this module must carry."""
+        return [self.leaky] if self.leaky else []
+
     # -- what a subclass says -------------------------------------------------------------------------------------
 
     @classmethod

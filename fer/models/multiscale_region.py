@@ -3,25 +3,26 @@
 Zhang N. et al., "A Multi-scale Attention-based Facial Emotion Recognition Method Based on Deep Learning",
 Instrumentation 9(3), 2022. A Faster R-CNN style detector on a feature pyramid finds face, eyes, nose and mouth; crops
 of the finest level describe them. 36,977,545 parameters at 7 classes.
+
+The detector learns from the regions the data knows, or that were made from its landmarks (`fer.data.regions`), where
+the paper lets RetinaFace find them and removes bad ones by hand.
 """
 
-from typing import Any, Literal, Unpack
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fer.detection_metrics import Image, detection_scores
 from fer.errors import UserError
-from fer.layers.boxes import decode
-from fer.layers.region_loss import head_loss, proposal_loss
-from fer.layers.region_pyramid import STRIDES, FeaturePyramid, RegionHead, RegionProposals, ResidualBlock, crop
+from fer.layers.region_network import MultiscaleRegionNetwork
 from fer.layers.regions import (
     FACE,
     KINDS,
-    REGIONS,
     Judged,
     Regions,
-    best_face,
     jittered,
     regions_of,
     whole_image,
@@ -31,122 +32,47 @@ from fer.models.base import Batch, Stage
 from fer.models.detection import DetectorOptions, FaceDetector, Faces, numbers
 from fer.models.pretrained import timm_network
 
-ORGAN_CROP, FACE_CROP = 14, 56
+log = logging.getLogger(__name__)
+
 CONSIDERED = 0.05  # probability of a region from which on it takes part in the scores of the detector
+WHOLE = 0.9  # share of the image from which on a face is as good as the image
+ORACLE = "oracle regions: face and organs are where the data says, not where the network finds them"
 
 
-class MultiscaleRegionNetwork(nn.Module):
-    """Backbone, pyramid, detector, three scales, classifier.
+class Known(NamedTuple):
+    """What the data says of the faces of B images, F of each.
 
-    Args:
-        backbone: A timm network giving its maps at an 8th, a 16th and a 32nd of the image.
-        num_classes: Size of the output.
-        image_size: Side of the image, a multiple of 32.
-        detector: Find regions; without it the whole image alone is described.
-        width: Channels of the pyramid.
-        proposals: Boxes the region head judges.
-        score: Probability from which on a region counts as found.
-        dropout: Before the classifier.
+    Attributes:
+        regions: Of B * F faces.
+        labels: (B, F) expressions, -1 where there is none.
+        complete: (B,) whether all regions are known. Where landmarks were rejected, or no face is known, what a
+            detector finds may be right.
     """
 
-    kinds: Tensor
-
-    def __init__(
-        self,
-        backbone: Any,
-        num_classes: int,
-        image_size: int,
-        detector: bool,
-        width: int,
-        proposals: int,
-        score: float,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.pyramid = FeaturePyramid(backbone.feature_info.channels(), width, finest_only=not detector)
-        self.image_size, self.score, self.detector = image_size, score, detector
-        self.whole = ResidualBlock(width)
-        if detector:
-            self.proposals = RegionProposals(width, image_size, proposals)
-            self.head = RegionHead(width, classes=len(KINDS))
-            self.organ = nn.Sequential(nn.Conv2d(width, width, 1), ResidualBlock(width))
-            self.face = nn.Sequential(nn.Conv2d(width, width, 1), ResidualBlock(width))
-            self.register_buffer("kinds", torch.tensor(REGIONS), persistent=False)
-        described = len(REGIONS) + 1 if detector else 1
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(described * width, num_classes))
-
-    def forward_maps(self, image: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> P3 to P7."""
-        maps: list[Tensor] = self.pyramid(self.backbone(image))
-        return maps
-
-    @torch.no_grad()
-    def judge(self, maps: list[Tensor]) -> Judged:
-        """What the region head says of the proposals."""
-        rois = self.proposals.propose(*self.proposals(maps))
-        logits, codes = self.head(maps, rois)
-        return Judged(logits.softmax(2), decode(codes, rois[:, :, None], self.image_size))
-
-    def detect(self, judged: Judged) -> Regions:
-        """The best face of each image, and the best two eyes, nose and mouth whose centres lie in it."""
-        face, found = best_face(judged, self.score, self.image_size)
-        return regions_of(face, found, judged, self.score, self.image_size)
-
-    def describe(self, maps: list[Tensor], regions: Regions | None, image: Tensor | None = None) -> Tensor:
-        """Organs, face and whole image from P3: (N, 6 * width), zeros for an organ that is missing.
-
-        Args:
-            maps: P3 to P7 of B images.
-            regions: Where to look; None describes the whole images alone, (B, width).
-            image: (N,) image of each face looked at; None where each image has one, in order.
-        """
-        fine = maps[0]
-        whole: Tensor = self.whole(fine).mean((2, 3))
-        if regions is None:
-            return whole
-        organs = self.organ(crop(fine, regions.boxes[:, 1:], STRIDES[0], ORGAN_CROP, image)).mean((2, 3))
-        organs = organs.view(regions.boxes.shape[0], len(REGIONS) - 1, -1) * regions.present[:, 1:, None]
-        face = self.face(crop(fine, regions.boxes[:, :1], STRIDES[0], FACE_CROP, image)).mean((2, 3))
-        return torch.cat([organs.flatten(1), face, whole if image is None else whole[image]], dim=1)
-
-    def forward_features(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 6 * width), with regions as detected."""
-        maps = self.forward_maps(image)
-        return self.describe(maps, self.detect(self.judge(maps)) if self.detector else None)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> logits (B, num_classes)."""
-        logits: Tensor = self.classifier(self.forward_features(image))
-        return logits
-
-    def detection_loss(self, maps: list[Tensor], truth: Regions, gamma: float) -> Tensor:
-        """Losses of proposals and region head against the known regions of all faces, as many in each image."""
-        images = maps[0].shape[0]
-        boxes, present = truth.boxes.reshape(images, -1, 4), truth.present.reshape(images, -1)
-        kinds = self.kinds.repeat(boxes.shape[1] // len(REGIONS))
-        logits, codes = self.proposals(maps)
-        loss = proposal_loss(logits, codes, self.proposals.anchors, boxes, present, gamma)
-        rois = torch.cat([self.proposals.propose(logits, codes), jittered(boxes, self.image_size)], dim=1)
-        judged, corrections = self.head(maps, rois)
-        return loss + head_loss(judged, corrections, rois, boxes, present, kinds, gamma)
+    regions: Regions
+    labels: Tensor
+    complete: Tensor
 
 
 class MultiscaleRegion(FaceDetector):
     """`MultiscaleRegionNetwork` on the bench.
 
     Training needs ``box`` (B, 4) and ``organ_boxes`` (B, 4, 4) in the batch, x, y, width, height in pixels of the
-    input, organs in the order left eye, right eye, nose, mouth, NaN where missing: the pseudo-labels of the paper. With
-    ``detection``, which names the expression of every face found, ``face_boxes``, ``face_organ_boxes`` and
-    ``face_labels`` of all faces where the data has them.
+    input, organs in the order left eye, right eye, nose, mouth, NaN where missing: the pseudo-labels of the paper; or
+    ``face_boxes``, ``face_organ_boxes`` and ``face_labels`` where the data knows several faces of an image. The label
+    is that of the first face; with ``detection`` the expression of every face is learned, and named where it is found.
 
     Args:
         backbone: Any timm network with maps at an 8th, a 16th and a 32nd of the image.
         pretrained: Start from published weights.
-        rois: ``detector``: regions as found by the network itself; ``none``: the whole image alone, which shows what
-            the regions are worth.
-        width: As in `MultiscaleRegionNetwork`, and so are the next three.
+        rois: ``detector``: regions as found by the network itself; ``pseudo``: trained likewise, but evaluated on the
+            known regions, which bounds what a better detector could give, and is stamped; ``none``: the whole image
+            alone, which shows what the regions are worth.
+        width: As in `MultiscaleRegionNetwork`, and so are the next six.
+        anchor: Smallest anchor.
         proposals: Boxes judged.
+        organ_crop: Cells of an organ.
+        face_crop: Cells of a face.
         score: Threshold of a region.
         dropout: Before the classifier.
         gamma: Focal exponent of the detector; the expression loss is the injected one.
@@ -156,7 +82,8 @@ class MultiscaleRegion(FaceDetector):
         options: See `DetectorOptions`.
 
     Raises:
-        UserError: The image is not a multiple of 32 pixels, or faces are wanted without a detector.
+        UserError: ``rois`` is none of these, the image is not a multiple of 32 pixels, or faces are wanted without a
+            detector.
     """
 
     network: MultiscaleRegionNetwork
@@ -165,9 +92,12 @@ class MultiscaleRegion(FaceDetector):
         self,
         backbone: str,
         pretrained: bool,
-        rois: Literal["detector", "none"],
+        rois: Literal["detector", "pseudo", "none"],
         width: int,
+        anchor: float,
         proposals: int,
+        organ_crop: int,
+        face_crop: int,
         score: float,
         dropout: float,
         gamma: float,
@@ -177,6 +107,8 @@ class MultiscaleRegion(FaceDetector):
         **options: Unpack[DetectorOptions],
     ) -> None:
         super().__init__(**options)
+        if rois not in ("detector", "pseudo", "none"):
+            raise UserError(f"model.rois={rois} is not one of detector, pseudo, none")
         if self.image_size % 32:
             raise UserError(
                 f"model=multiscale_region needs model.image_size to be a multiple of 32, got {self.image_size}"
@@ -185,12 +117,55 @@ class MultiscaleRegion(FaceDetector):
             raise UserError(f"model.detection=true needs model.rois=detector, got {rois}")
         body, self.weights = timm_network(backbone, pretrained, {"features_only": True, "out_indices": (-3, -2, -1)})
         self.network = MultiscaleRegionNetwork(
-            body, self.num_classes, self.image_size, rois == "detector", width, proposals, score, dropout
+            body,
+            self.num_classes,
+            self.image_size,
+            detector=rois != "none",
+            width=width,
+            anchor=anchor,
+            proposals=proposals,
+            organ_crop=organ_crop,
+            face_crop=face_crop,
+            score=score,
+            dropout=dropout,
         )
-        self.gamma, self.detector_epochs = gamma, detector_epochs
+        self.rois, self.gamma, self.detector_epochs = rois, gamma, detector_epochs
         self.duplicate_iou, self.max_faces = duplicate_iou, max_faces
         self.takes_mixed = rois == "none"  # a blend of two faces has no regions
         self.regions: dict[str, list[Image]] = {"val": [], "test": []}
+        self.missing = {"val": [0, 0], "test": [0, 0]}  # faces and organs looked for in vain
+
+    @classmethod
+    def from_data(cls, options: Mapping[str, Any], data: Any) -> dict[str, Any]:
+        """No values, but a look whether the data knows regions, and a word on those made from landmarks.
+
+        Raises:
+            UserError: It does not.
+        """
+        if options["rois"] == "none":
+            return {}
+        manifest = data.store.manifest
+        if manifest.organ_boxes is None or not (manifest.organ_boxes > 0).any():
+            raise _nothing_known(options["rois"], data.title)
+        if data.regions is not None:
+            rejected = [f"{count:,} {rule}" for rule, count in data.regions["rejected"].items() if count]
+            log.info(
+                "regions made from %d landmarks: %s faces; %s without landmarks; rejected: %s",
+                data.regions["landmarks"],
+                f"{data.regions['accepted']:,}",
+                f"{data.regions['no_landmarks']:,}",
+                ", ".join(rejected) or "none",
+            )
+        faces = data.face_sizes("train")
+        whole = (faces.prod(axis=1) >= WHOLE * data.image_size**2).mean() if len(faces) else 0.0
+        if whole > 0.5:
+            log.warning("%.0f %% of the faces fill their image: the scales of face and image are the same", 100 * whole)
+        return {}
+
+    @property
+    def stamps(self) -> list[str]:
+        """With a word on known regions."""
+        return [*super().stamps, *([ORACLE] if self.rois == "pseudo" else [])]
 
     @property
     def cam_layer(self) -> nn.Module:
@@ -203,48 +178,45 @@ class MultiscaleRegion(FaceDetector):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Detection against the known regions; from ``detector_epochs`` on, expression from the same regions, jittered.
 
-        The logits are those of each image's first face, its largest one.
+        The logits are those of each image's first face.
 
         Raises:
             UserError: The data has no known regions.
         """
-        if not self.network.detector:
+        if self.rois == "none":
             return super().loss(batch)
-        truth, labels = self._truth(batch), self._labels(batch)
-        images, faces = labels.shape
+        known = self._known(batch)
+        truth, labels = known.regions, known.labels if self.detection else batch["label"][:, None]
         maps = self.network.forward_maps(batch["image"])
-        # A face that is missing stands for its image where that has no other.
-        looked_at = truth.present[:, 0].view(images, faces) & (labels >= 0)
+        images, most = known.labels.shape
+        looked_at = truth.present[:, 0].view(images, most)[:, : labels.shape[1]] & (labels >= 0)
+        # A first face that is missing is looked for in the whole image.
         looked_at[:, 0] = True
-        rows = looked_at.flatten().nonzero().squeeze(1)
-        boxes, present = truth.boxes[rows], truth.present[rows]
+        image, face = looked_at.nonzero(as_tuple=True)
+        boxes, present = (values[image * most + face] for values in truth)
         seen = Regions(torch.where(present[..., None], jittered(boxes, self.image_size), boxes), present)
-        logits: Tensor = self.classify(self.network.describe(maps, seen, rows // faces))
-        joint = float(self.current_epoch >= self.detector_epochs)
-        expression: Tensor = self.loss_function(logits, batch if faces == 1 else {"label": labels.flatten()[rows]})
-        loss = self.network.detection_loss(maps, truth, self.gamma) + joint * expression
-        return loss, logits[(rows % faces == 0).nonzero().squeeze(1)]
-
-    def _labels(self, batch: Batch) -> Tensor:
-        """(B, F) expressions of the faces looked at, -1 where there is none."""
-        every = self.detection and "face_boxes" in batch
-        return batch["face_labels"] if every else batch["label"][:, None]
-
-    def _truth(self, batch: Batch) -> Regions:
-        """The known regions of B * F faces as corners; the whole image stands for what is missing."""
-        keys = (
-            ("face_boxes", "face_organ_boxes") if self.detection and "face_boxes" in batch else ("box", "organ_boxes")
+        logits: Tensor = self.classify(self.network.describe(maps, seen, image))
+        expression: Tensor = self.loss_function(
+            logits, batch if labels.shape[1] == 1 else {"label": labels[image, face]}
         )
-        if any(key not in batch for key in keys):
-            raise UserError(
-                "model=multiscale_region learns from face and organ boxes, which this data set does not give: "
-                "use data that has them, or model.rois=none"
-            )
-        face, organs = (batch[key] for key in keys)
+        # At first times 0, not left out: every parameter has its gradient on every device.
+        joint = float(self.current_epoch >= self.detector_epochs)
+        detection = self.network.detection_loss(maps, truth, known.complete, self.gamma)
+        return detection + joint * expression, logits[face == 0]
+
+    def _known(self, batch: Batch) -> Known:
+        if "face_organ_boxes" in batch:
+            face, organs, labels = batch["face_boxes"], batch["face_organ_boxes"], batch["face_labels"]
+        elif "box" in batch and "organ_boxes" in batch and "face_boxes" not in batch:
+            face, organs, labels = batch["box"], batch["organ_boxes"], batch["label"][:, None]
+        else:
+            raise _nothing_known(self.rois, "this data set")
         boxes = torch.cat([face.view(-1, 1, 4), organs.view(-1, 4, 4)], dim=1)
         corners = torch.cat([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], dim=2).clamp(0, self.image_size)
         present = boxes.isfinite().all(2) & (corners[..., 2:] - corners[..., :2] >= 1).all(2)
-        return Regions(torch.where(present[..., None], corners, whole_image(corners, self.image_size)), present)
+        regions = Regions(torch.where(present[..., None], corners, whole_image(corners, self.image_size)), present)
+        has_face, has_organs = (x.view(labels.shape) for x in (present[:, 0], present[:, 1:].any(1)))
+        return Known(regions, labels, has_face.any(1) & (has_organs | ~has_face).all(1))
 
     # -- faces and regions found ----------------------------------------------------------------------------------
 
@@ -274,37 +246,61 @@ class MultiscaleRegion(FaceDetector):
         return out
 
     def _evaluate(self, batch: Batch, stage: Literal["val", "test"]) -> Tensor:
-        if not self.network.detector or batch["image"].ndim != 4 or "organ_boxes" not in batch:
+        if self.rois == "none":
             return super()._evaluate(batch, stage)
+        if batch["image"].ndim != 4:
+            raise UserError(f"model.rois={self.rois} looks at one view of an image: set data.tta=none")
+        known = self._known(batch)
         maps = self.network.forward_maps(batch["image"])
         judged = self.network.judge(maps)
         regions = self.network.detect(judged)
-        self._note_regions(judged, batch, stage)
+        if self.rois == "pseudo":
+            first = slice(None, None, known.labels.shape[1])
+            regions = Regions(*(values[first] for values in known.regions))
+        logits: Tensor = self.classify(self.network.describe(maps, regions))
         if self.detection:
             self.note(self._faces(maps, judged), batch, stage)
-        logits: Tensor = self.network.classifier(self.network.describe(maps, regions))
+        self._note_regions(judged, known, stage)
+        missing = ~regions.present
+        self.missing[stage][0] += int(missing[:, 0].sum())
+        self.missing[stage][1] += int(missing[:, 1:].sum())
         return self._count(logits.float().softmax(1), batch, stage)
 
-    def _note_regions(self, judged: Judged, batch: Batch, stage: Literal["val", "test"]) -> None:
-        images = judged.scores.shape[0]
-        truth = self._truth(batch)
-        boxes, present = truth.boxes.view(images, -1, 4), truth.present.view(images, -1)
-        kinds = self.network.kinds.repeat(boxes.shape[1] // len(REGIONS)) - 1
+    def _note_regions(self, judged: Judged, known: Known, stage: Literal["val", "test"]) -> None:
+        images, faces = known.labels.shape
+        boxes, present = known.regions.boxes.view(images, -1, 4), known.regions.present.view(images, -1)
+        kinds = self.network.kinds.repeat(faces) - 1
         for i in range(images):
             box, kind, score = self._regions(judged, i)
-            known = (boxes[i, present[i]], kinds[present[i]])
-            self.regions[stage].append(Image(*(numbers(x) for x in (box, kind - 1, score, *known))))
+            counted = present[i] & known.complete[i]
+            found = (x[known.complete[i].expand(len(x))] for x in (box, kind - 1, score))
+            self.regions[stage].append(Image(*map(numbers, (*found, boxes[i, counted], kinds[counted]))))
 
     def reset(self, stage: Stage) -> None:
         """Forget the regions seen too."""
         super().reset(stage)
         if stage != "train":
             self.regions[stage].clear()
+            self.missing[stage] = [0, 0]
 
     def scores(self, stage: Stage) -> dict[str, float]:
-        """With ``region_ap50_<kind>``, the average precision of each kind of region against the known ones."""
+        """With average precisions of regions and counts of those missing.
+
+        ``region_ap50_<kind>`` and their mean ``region_map50``, against the known regions; ``faces_missing``, images
+        described without a face, and ``organs_missing``, of four each.
+        """
         scores = super().scores(stage)
-        if stage != "train" and self.regions[stage]:
-            of_regions = detection_scores(self.regions[stage], KINDS, self.draw_score)
-            scores |= {f"region_{key}": value for key, value in of_regions.items() if key.startswith("ap50_")}
-        return scores
+        if stage == "train" or not self.regions[stage]:
+            return scores
+        of_regions = detection_scores(self.regions[stage], KINDS, self.draw_score)
+        scores |= {f"region_{key}": x for key, x in of_regions.items() if key.startswith(("ap50_", "map50"))}
+        faces, organs = self.missing[stage]
+        return scores | {"faces_missing": float(faces), "organs_missing": float(organs)}
+
+
+def _nothing_known(rois: str, data: str) -> UserError:
+    return UserError(
+        f"model.rois={rois} learns from face and organ boxes, and {data} as it is read knows none: use its landmarks "
+        "where it has them (RAF-DB: data.image=original; AffectNet: data.landmarks=true; CK+: Landmarks/), or "
+        "python -m fer.prepare, which finds landmarks that data=folder reads, or model.rois=none"
+    )

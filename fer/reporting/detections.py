@@ -1,4 +1,4 @@
-"""Pictures of detections: faces with their expression and confidence, above them the truth."""
+"""Pictures of detections: boxes with their label and confidence, above them the truth."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,15 +15,15 @@ RIGHT, WRONG, TRUE = "#2ca02c", "#d62728", "#1f77b4"
 def detections_figure(
     pixels: Sequence[Array], images: Sequence[Image], class_names: Sequence[str], least: float
 ) -> Figure:
-    """Three rows, as in figure 3 of Lin 2025: the images, their known faces, the faces found.
+    """Three rows, as in figure 3 of Lin 2025: the images, what is known, what was found.
 
-    A found face is green where it lies on a known one of its expression, else red.
+    A found box is green where it lies on a known one of its class, else red.
 
     Args:
         pixels: (H, W, 3) uint8 images.
         images: what is known and was found in each.
         class_names: K names.
-        least: confidence from which on a found face is drawn.
+        least: confidence from which on a found box is drawn.
     """
     columns = len(pixels)
     figure = Figure(figsize=(2.4 * columns + 0.4, 7.6), layout="constrained")
@@ -43,7 +43,7 @@ def detections_figure(
 
 
 def _right(image: Image) -> list[bool]:
-    """For each found face, whether it takes a known face of its own expression."""
+    """For each found box, whether it takes a known one of its own class."""
     taken = match(image.boxes, image.true_boxes)
     return [t >= 0 and image.true_labels[t] == label for t, label in zip(taken, image.labels, strict=True)]
 
