@@ -42,7 +42,7 @@ def test_dan_sums_its_losses():
     x = module.network.backbone(batch["image"])[-1]
     expected = plain + 2 * affinity_loss(x.mean((2, 3)), batch["label"], module.centres)
     torch.testing.assert_close(with_affinity, expected)
-    assert any(p is module.centres for p in module.parameter_groups())
+    assert any(p is module.centres for group in module.parameter_groups() for p in group["params"])
 
 
 def test_dan_with_one_head():

@@ -61,6 +61,23 @@ def test_predictions_do_not_depend_on_neighbours(name):
         assert neighbour_dependence(cheap(name)) < 1e-9
 
 
+OTHER_SIZE = {"cbam_resnet": 48, "convcut": 128, "swin": 128}  # of the rest: 96
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_another_image_size(name):
+    """Three images of it, together and one alone."""
+    size = OTHER_SIZE.get(name, 96)
+    assert size != cheap(name).image_size
+    module = shaken(cheap(name, f"image_size={size}"))
+    batch = images(3, size)
+    with torch.inference_mode():
+        logits = module(batch)
+        assert logits.shape == (3, 7)
+        assert (logits[0] - logits[1]).abs().max() > 1e-6
+        torch.testing.assert_close(module(batch[1:2]), logits[1:2], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes_and_classes(name):
     """Logits, features and the class-activation layer fit; the number of classes comes from their names (T2, T7)."""
