@@ -11,11 +11,11 @@ PYTHON := .venv/bin/python
 SETUP := .venv/.complete
 endif
 
-.PHONY: help setup demo test test-slow lint format .setup-active
+.PHONY: help setup demo test reliability test-slow lint format .setup-active
 .DEFAULT_GOAL := help
 
 help:  ## explain every target
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(SETUP)  ## create .venv with the tested versions (about 2 minutes, 6 GB)
 
@@ -34,6 +34,9 @@ demo: $(SETUP)  ## train on synthetic faces: no download, under 8 core-minutes
 
 test: $(SETUP)  ## the quick tests, under 10 core-minutes; FER_DATA=/path/to/data adds those on real data
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+
+reliability: $(SETUP)  ## runs and sweeps killed in their middle go on to the same figures, under 3 core-minutes
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m reliability
 
 test-slow: $(SETUP)  ## the slow tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow

@@ -142,6 +142,7 @@ def wait_until(ready: Any, process: subprocess.Popen[bytes], seconds: float = 90
         time.sleep(0.005)
 
 
+@pytest.mark.reliability
 def test_a_killed_sweep_goes_on_to_the_same_aggregate(sweep: Path, tmp_path: Path) -> None:
     words = ["-m", *FOLDS, "logger=csv"]
     process = subprocess.Popen([sys.executable, "-m", "fer.train", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)

@@ -13,7 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY, train
+from conftest import TINY, composed, train
+
+from fer.errors import UserError
+from fer.experiment import preflight, run_experiment
 
 FILES = (
     "config.yaml",
@@ -129,17 +132,19 @@ def test_same_command_gives_identical_predictions(whole: Path, tmp_path: Path) -
     again = train(*TINY, "logger=csv", "hydra.run.dir=run", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run" / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
-    # The same command once more finds the run done, and does nothing.
+    # The same config once more finds the run done, and does nothing; another one must not touch it.
     before = (tmp_path / "run" / "results.json").stat().st_mtime_ns
-    assert train(*TINY, "logger=csv", "hydra.run.dir=run", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "run" / "results.json").stat().st_mtime_ns == before
-    # Another config must not touch it.
-    other = train(*TINY, "logger=csv", "seed=1", "hydra.run.dir=run", cwd=tmp_path)
-    assert other.returncode == 2
-    assert "fresh=true" in other.stderr
+    config = composed(*TINY, "logger=csv")
+    assert (
+        run_experiment(config, tmp_path / "run", command="") == results(tmp_path / "run")["metrics"]["val"]["mean_acc"]
+    )
+    config.seed = 1
+    with pytest.raises(UserError, match="fresh=true"):
+        run_experiment(config, tmp_path / "run", command="")
     assert (tmp_path / "run" / "results.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("way", ["resume", "same command"])
 def test_a_killed_run_goes_on_to_the_same_weights(whole: Path, tmp_path: Path, way: str) -> None:
     words = [*TINY, "logger=csv", "trainer.checkpoint_steps=2", "hydra.run.dir=run"]
@@ -218,6 +223,7 @@ def test_a_failing_run_is_marked_failed_everywhere(tmp_path: Path) -> None:
     assert exits == [1]
 
 
+@pytest.mark.reliability
 def test_a_terminated_run_says_so_and_keeps_its_checkpoint(tmp_path: Path) -> None:
     words = [*TINY, "logger=csv", "trainer.max_epochs=300", "trainer.checkpoint_steps=2", "hydra.run.dir=run"]
     process = subprocess.Popen([sys.executable, "-m", "fer.train", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
@@ -232,8 +238,8 @@ def test_a_terminated_run_says_so_and_keeps_its_checkpoint(tmp_path: Path) -> No
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
 
 
-def test_every_problem_of_a_config_is_named_at_once(tmp_path: Path) -> None:
-    done = train(*TINY, "+model.widht=3", "+trainer.epochs=3", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "model.widht" in done.stderr
-    assert "trainer.epochs" in done.stderr or "takes" in done.stderr
+def test_every_problem_of_a_config_is_named_at_once() -> None:
+    with pytest.raises(UserError) as found:
+        preflight(composed(*TINY, "+model.widht=3", "+trainer.epochs=3"))
+    assert "model.widht" in str(found.value)
+    assert "trainer.epochs" in str(found.value)
