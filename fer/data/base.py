@@ -15,6 +15,7 @@ set has landmarks but no organ boxes, these are made from them (`fer.data.region
 
 import abc
 import dataclasses
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -279,6 +280,12 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
             "stamps": list(self.split.stamps),
             "fingerprint": self.split.fingerprint(manifest),
         }
+
+    def fingerprint(self) -> str:
+        """Hash of the split, its labels and its pixels: changes when anything a run sees of the data does."""
+        digest = hashlib.sha256(self.split.fingerprint(self.store.manifest).encode())
+        digest.update(self.label.tobytes() + np.ascontiguousarray(self.store.copies).tobytes())
+        return digest.hexdigest()[:16]
 
     # -- loaders --------------------------------------------------------------------------------------------------
 
