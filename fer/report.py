@@ -36,7 +36,7 @@ def run(config: DictConfig) -> None:
         raise UserError("\n".join(problems))
 
     from fer.reporting.claims import load_claims
-    from fer.reporting.collect import read_runs
+    from fer.reporting.collect import never_started, read_runs
     from fer.reporting.comparisons import compare
     from fer.reporting.groups import make_groups
     from fer.reporting.publish import Options, write_report
@@ -51,10 +51,10 @@ def run(config: DictConfig) -> None:
         wrong_images=plain["wrong_images"],
         thumbnails=plain["thumbnails"],
         stores=[Path(store) for store in plain["stores"]],
-        root=Path(os.path.commonpath([root.absolute() for root in roots])),
+        root=Path(os.path.commonpath([root.resolve() for root in roots])),
     )
     output = Path(plain["output"])
-    write_report(output, runs, groups, claims, verdicts, options)
+    write_report(output, runs, groups, claims, verdicts, never_started(roots), options)
     state = ", ".join(f"{n:,} {status}" for status, n in Counter(run.status for run in runs).most_common())
     print(f"{len(runs):,} runs ({state}) in {len(groups):,} groups: {output / 'report.html'}")
 

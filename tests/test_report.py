@@ -27,6 +27,7 @@ from fer.reporting.collect import Run, read_run, read_runs
 from fer.reporting.comparisons import compare
 from fer.reporting.groups import Group, make_groups
 from fer.reporting.pictures import most_wrong
+from fer.runs import write_json
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 LEAKY = "LEAKY: predictions depend on the batch"
@@ -50,6 +51,8 @@ def write_house(root: Path) -> None:
         write_run(root / "cv" / str(fold), words=FOLDS, fold=fold, accuracy=0.75)
     write_run(root / "cv" / "seed1-0", words=FOLDS, fold=0, seed=1, status="failed", error=f"UserError: {HOSTILE}")
     write_run(root / "paper", words=RAFDB, data="rafdb", model="convcut", accuracy=0.8)
+    jobs = {"0": ["protocol.fold=0"], "9": ["model=vit", "protocol.fold=9"]}
+    write_json(root / "cv" / "sweep.json", {"jobs": jobs})
     broken = write_run(root / "broken", model="vit")
     (broken / "predictions.csv").write_text((broken / "predictions.csv").read_text().replace(",fear,", ",joy,"))
 
@@ -166,7 +169,9 @@ def test_failed_unfinished_and_missing_runs_are_named(house: tuple[Path, Path]) 
     assert HOSTILE in lines["cv/seed1-0", "failed"]
     assert "has no column fear" in lines["broken", "damaged"]
     missing = set(absent[absent["status"] == "missing"]["reason"])
-    assert missing == {"seed 0: fold 2 never started", "seed 1: fold 1, 2 never started"}
+    assert missing >= {"seed 0: fold 2 never started", "seed 1: fold 1, 2 never started"}
+    assert lines["cv/9", "missing"] == "planned by a sweep, never started: model=vit protocol.fold=9"
+    assert ("cv/0", "missing") not in lines
 
 
 @pytest.mark.parametrize("name", ["results.json", "predictions.csv", "status.json", "config.yaml"])

@@ -46,18 +46,27 @@ def svg(figure: Figure) -> str:
     return text.getvalue()
 
 
-def _stamped(figure: Figure, stamps: Sequence[str], width: int) -> None:
-    """Write stamps below a figure: it may be looked at alone."""
-    if stamps:
-        text = "\n".join(textwrap.wrap("; ".join(stamps), width))
-        figure.text(0.01, 0.0, text, color=RED, fontsize=7, va="top")
+def _figure(width: float, height: float, stamps: Sequence[str]) -> tuple[Figure, float]:
+    """An empty figure, in inches, with stamps at its foot (it may be looked at alone) and the height they take."""
+    lines = textwrap.wrap("; ".join(stamps), round(19 * width))
+    foot = 0.13 * len(lines)
+    figure = Figure(figsize=(width, height + foot))
+    figure.text(0.01, 0.01, "\n".join(lines), color=RED, fontsize=6.5, va="bottom")
+    return figure, foot
+
+
+def _margins(figure: Figure, left: float, right: float, top: float, bottom: float) -> None:
+    """Set the margins around the axes, in inches."""
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(left=left / width, right=1 - right / width, top=1 - top / height, bottom=bottom / height)
 
 
 def overview(bench: Bench, claims: Sequence[Beside]) -> str:
     """Accuracy of each group with its 95 % interval, and what papers claim for its model beside it."""
     groups = bench.ranked
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=(7.6, 0.62 + 0.27 * len(groups)))
+        apart = [f"{group.label}: {'; '.join(group.stamps)}" for group in groups if bench.apart(group)]
+        figure, foot = _figure(7.6, 0.62 + 0.27 * len(groups), [*bench.shared_stamps, *apart])
         axes = figure.subplots()
         for place, group in enumerate(groups):
             mean, _, low, high = (100 * value for value in group.interval("acc"))
@@ -72,8 +81,8 @@ def overview(bench: Bench, claims: Sequence[Beside]) -> str:
                     axes.plot(
                         one.claim.acc, place, mark, color=INK, markersize=4, fillstyle="none", markeredgewidth=0.8
                     )
-        names = [textwrap.shorten(group.label, 44, placeholder=" …") for group in groups]
-        axes.set_yticks(range(len(groups)), names)
+        names = ["\n".join(textwrap.wrap(group.label, 44, max_lines=2, placeholder=" …")) for group in groups]
+        axes.set_yticks(range(len(groups)), names, fontsize=7.5)
         for text, group in zip(axes.get_yticklabels(), groups, strict=True):
             text.set_color(GREY if bench.apart(group) else INK)
         axes.set_ylim(len(groups) - 0.4, -0.6)
@@ -81,9 +90,8 @@ def overview(bench: Bench, claims: Sequence[Beside]) -> str:
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x", color=PALE, linewidth=0.5)
         axes.set_axisbelow(True)
-        height = figure.get_figheight()
         axes.set_xlabel("accuracy, %")
-        figure.subplots_adjust(left=0.36, right=0.985, top=1 - 0.08 / height, bottom=0.46 / height)
+        _margins(figure, left=3.0, right=0.1, top=0.08, bottom=0.46 + foot)
     return svg(figure)
 
 
@@ -100,7 +108,7 @@ def curves(tables: Sequence[pd.DataFrame], best: Sequence[int], stamps: Sequence
         ("loss", 1.0, (("train/loss", "train", GREY), ("val/loss", "validation", BLUE))),
     )
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=(6.4, 2.3))
+        figure, foot = _figure(6.4, 2.3, stamps)
         both: tuple[Axes, Axes] = figure.subplots(1, 2)
         for axes, (title, factor, lines) in zip(both, panels, strict=True):
             for column, name, colour in lines:
@@ -121,8 +129,8 @@ def curves(tables: Sequence[pd.DataFrame], best: Sequence[int], stamps: Sequence
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.legend(frameon=False, fontsize=7.5, handlelength=1.2, loc="best")
-        figure.subplots_adjust(left=0.065, right=0.99, top=0.9, bottom=0.19, wspace=0.16)
-        _stamped(figure, stamps, 110)
+        figure.subplots_adjust(wspace=0.16)
+        _margins(figure, left=0.42, right=0.06, top=0.23, bottom=0.44 + foot)
     return svg(figure)
 
 
@@ -137,7 +145,7 @@ def reliability(bins: Array, stamps: Sequence[str]) -> str:
     used = count > 0
     edges = np.linspace(0, 1, len(bins) + 1)
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=(3.0, 2.9))
+        figure, foot = _figure(3.0, 2.9, stamps)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         upper.plot([0, 1], [0, 1], color=PALE, linewidth=1)
         x, y = confidence[used] / count[used], correct[used] / count[used]
@@ -147,6 +155,6 @@ def reliability(bins: Array, stamps: Sequence[str]) -> str:
         lower.bar(edges[:-1], count / max(count.sum(), 1), 1 / len(bins), align="edge", color=PALE)
         lower.set(xlabel="confidence", yticks=())
         lower.spines["left"].set_visible(False)
-        figure.subplots_adjust(left=0.11, right=0.97, top=0.92, bottom=0.15, hspace=0.12)
-        _stamped(figure, stamps, 42)
+        figure.subplots_adjust(hspace=0.12)
+        _margins(figure, left=0.33, right=0.09, top=0.23, bottom=0.44 + foot)
     return svg(figure)

@@ -23,6 +23,7 @@ NOT_SETTINGS = (
     *("seed", "fold", "root", "cache", "num_workers", "accelerator", "threads", "enable_progress_bar"),
     *("enable_model_summary", "checkpoint_minutes", "checkpoint_steps", "log_every_n_steps"),
 )
+REQUIRED = ("classes", "n", "metrics", "confusion", "split_fingerprint", "selected_on", "best_epoch", "tta", "weights")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -126,7 +127,7 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
     for root in roots:
         if not root.is_dir():
             raise UserError(f"runs={root}: no such folder; expected one under which python -m fer.train wrote runs")
-        found |= dict.fromkeys(_walk(root.absolute()))
+        found |= dict.fromkeys(_walk(root.resolve()))
     if not found:
         raise UserError(
             f"runs={','.join(map(str, roots))}: no run folder (one with a status.json) there; "
@@ -141,6 +142,17 @@ def _walk(root: Path) -> Iterator[Path]:
             yield Path(folder)
             inner.clear()
         inner[:] = [name for name in inner if not name.startswith(".")]
+
+
+def never_started(roots: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Folder and overrides of every job that a sweep at or under the roots planned and that left no run folder."""
+    out = []
+    for root in roots:
+        for plan in sorted(root.resolve().rglob("sweep.json")):
+            jobs = dict(read_json(plan)).get("jobs") or {}
+            folders = [(plan.parent / name, " ".join(map(str, words))) for name, words in jobs.items()]
+            out += [(folder, words) for folder, words in folders if not RunFolder(folder).status_file.exists()]
+    return out
 
 
 def flatten(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -180,6 +192,9 @@ def read_run(path: Path) -> Run:
             state = state if state != "done" else "damaged"
             return Run(path, state, error or _unfinished(state), config, settings_of(config), {}, None)
         results = read_json(folder.results)
+        lacking = [key for key in REQUIRED if key not in results]
+        if lacking:
+            raise UserError(f"{folder.results} has no key {lacking[0]}")
         answers = read_answers(folder.predictions, results["classes"])
         counts = confusion_counts(answers.label, answers.predicted, len(results["classes"]))
         if not np.array_equal(counts, results["confusion"]["test"]):

@@ -93,7 +93,7 @@ def compare(groups: Sequence[Group], selectors: Sequence[str], resamples: int, s
 
 def _sides(groups: Sequence[Group], selector: str) -> list[Side]:
     finished = [group for group in groups if group.runs]
-    path = Path(selector).absolute()
+    path = Path(selector).resolve()
     for group in finished:
         for run in (*group.runs, *group.repeated):
             if run.path == path:

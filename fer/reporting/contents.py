@@ -200,15 +200,17 @@ def _mean(values: Sequence[Any]) -> float:
     return float(np.mean(found)) if found else math.nan
 
 
-def absent(groups: Sequence[Group], root: Path) -> Table:
-    """Runs that failed, did not finish, were never started, or count no more."""
+def absent(groups: Sequence[Group], planned: Sequence[tuple[Path, str]], root: Path) -> Table:
+    """Runs that failed, did not finish, were never started, or count no more; ``planned`` are a sweep's jobs."""
     rows = []
 
-    def add(group: Group, status: str, where: str, fold: int | None, seed: int | None, why: str) -> None:
-        cells = [words(where), words(status), words(f"{group.label} on {group.data}, {group.protocol}")]
-        cells += [words(why), number(fold, 0), number(seed, 0)]
-        names = ("run", "status", "group", "reason", "fold", "seed")
-        rows.append(Row(cells, dict(zip(names, (where, status, group.id, why, fold, seed), strict=True))))
+    names = ("run", "status", "group", "reason", "fold", "seed")
+
+    def add(group: Group | None, status: str, where: str, fold: int | None, seed: int | None, why: str) -> None:
+        whose = "" if group is None else f"{group.label} on {group.data}, {group.protocol}"
+        cells = [words(where), words(status), words(whose), words(why), number(fold, 0), number(seed, 0)]
+        values = (where, status, "" if group is None else group.id, why, fold, seed)
+        rows.append(Row(cells, dict(zip(names, values, strict=True))))
 
     for group in groups:
         for run in group.unfinished:
@@ -217,9 +219,9 @@ def absent(groups: Sequence[Group], root: Path) -> Table:
             add(group, "repeated", shown(run.path, root), run.fold, run.seed, "a newer run has its fold and seed")
         for line in group.missing:
             add(group, "missing", DASH, None, None, line)
-    return Table(
-        "Failed, unfinished and missing runs", ["run", "status", "group", "reason", "fold", "seed"], rows, left=4
-    )
+    for folder, overrides in planned:
+        add(None, "missing", shown(folder, root), None, None, f"planned by a sweep, never started: {overrides}")
+    return Table("Failed, unfinished and missing runs", names, rows, left=4)
 
 
 def shown(path: Path, root: Path) -> str:

@@ -108,7 +108,7 @@ class Group:
         found = [run.answers.bins for run in self.runs if run.answers is not None]
         return np.sum(found, axis=0) if found else np.zeros((BINS, 3))
 
-    @property
+    @cached_property
     def images(self) -> int:
         """Different images tested."""
         return len(np.unique(np.concatenate([run.answers.image for run in self.runs if run.answers is not None])))

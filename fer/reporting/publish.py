@@ -87,6 +87,7 @@ def write_report(
     groups: Sequence[Group],
     claims: Sequence[Claim],
     verdicts: Sequence[Verdict],
+    planned: Sequence[tuple[Path, str]],
     options: Options,
 ) -> None:
     """Write ``report.html``, ``report.md``, ``report.tex``, CSV files and ``figures/`` into a folder.
@@ -97,11 +98,12 @@ def write_report(
         groups: the same in groups.
         claims: what papers claim.
         verdicts: comparisons asked for.
+        planned: jobs of sweeps that were never started, see `fer.reporting.collect.never_started`.
         options: what to show.
     """
     benches = make_benches(groups)
     parts = [_bench_part(bench, beside(bench, claims), options) for bench in benches]
-    times, absent = contents.times(benches), contents.absent(groups, options.root)
+    times, absent = contents.times(benches), contents.absent(groups, planned, options.root)
     comparisons = contents.compared(verdicts) if verdicts else None
     state = Counter(run.status for run in runs)
     summary = (
@@ -116,7 +118,7 @@ def write_report(
         for one in part.groups:
             write_text(output / "figures" / f"{one.group.id}-curves.svg", one.curves)
             write_text(output / "figures" / f"{one.group.id}-reliability.svg", one.reliability)
-    notices = _notices(groups)
+    notices = _notices(groups, len(planned))
     page = _environment().get_template("page.html")
     script = (HERE / "page.js").read_text()
     html = page.render(
@@ -203,7 +205,7 @@ def _facts(bench: Bench) -> list[str]:
     return out + [str(line) for line in facts.get("warnings") or []]
 
 
-def _notices(groups: Sequence[Group]) -> list[str]:
+def _notices(groups: Sequence[Group], planned: int) -> list[str]:
     """What was not averaged, and other things nobody should overlook."""
     out = [
         f"Not averaged with its like: {group.id} ({len(group.runs)} runs of {group.model} on {group.data}) is a group "
@@ -215,7 +217,7 @@ def _notices(groups: Sequence[Group]) -> list[str]:
         codes = {run.results.get("code_version") for run in group.runs}
         if len(codes) > 1:
             out.append(f"{group.id}: its runs were made by {len(codes)} versions of the code.")
-    count = sum(len(group.unfinished) + len(group.missing) for group in groups)
+    count = planned + sum(len(group.unfinished) + len(group.missing) for group in groups)
     if count:
         out.append(f"{count:,} runs failed, did not finish or are missing; they are listed at the end.")
     repeated = sum(len(group.repeated) for group in groups)
