@@ -21,6 +21,7 @@ from fer.models.base import ExpressionModule
 from fer.reporting.figures import confusion_figure
 from fer.runs import RunFolder, read_json, write_json, write_text
 
+CLOCK_STEPS = 50  # steps between looks at the clock when several devices train
 WORST_IMAGES = 32  # confidently wrong images shown on W&B
 
 
@@ -44,7 +45,7 @@ class Randomness(Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Reseed; the multiplier keeps neighbouring seeds' streams apart."""
-        torch.manual_seed(self.seed * 1_000_000_007 + trainer.global_step)
+        torch.manual_seed(self.seed * 1_000_000_007 + trainer.global_step + (trainer.global_rank << 48))
 
 
 def stamps_of(data: ExpressionDataModule, module: ExpressionModule) -> list[str]:
@@ -136,6 +137,9 @@ class Recorder(Checkpoint):
                 self.rates.append(images / (time.monotonic() - self._epoch_began))
             return
         due = time.monotonic() - self._saved > 60 * self.minutes
+        if trainer.world_size > 1:  # saving takes all devices, so they agree now and then
+            asked = trainer.global_step % CLOCK_STEPS == 0
+            due = asked and trainer.strategy.reduce_boolean_decision(due, all=False)
         if due or (self.steps is not None and trainer.global_step % self.steps == 0):
             self._save_last(trainer)
 
@@ -146,19 +150,23 @@ class Recorder(Checkpoint):
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         self.history.append(row | metrics)
-        value = metrics.get(module.monitor, math.nan)
+        value = trainer.strategy.broadcast(metrics.get(module.monitor, math.nan))
         if value > self.best:
             self.best, self.best_epoch = value, trainer.current_epoch
             # What was validated is kept.
             with self.average.in_place(module) if self.average else contextlib.nullcontext():
                 trainer.save_checkpoint(self.folder.best, weights_only=True)
-            counts = module.tally("val").confusion_matrix()
-            data = _data_of(trainer)
-            part = "validation" if data.split.selected_on == "val" else "test part, where the epoch is chosen"
-            title = f"{part}, epoch {self.best_epoch + 1}: mean class accuracy {100 * metrics['val/mean_acc']:.2f} %"
-            save_confusion(self.folder, "val", counts, module.class_names, title, stamps_of(data, module))
-        write_text(self.folder.path / "metrics.csv", pd.DataFrame(self.history).to_csv(index=False))
+            if trainer.is_global_zero:
+                self._save_confusion(_data_of(trainer), module, metrics["val/mean_acc"])
+        if trainer.is_global_zero:
+            write_text(self.folder.path / "metrics.csv", pd.DataFrame(self.history).to_csv(index=False))
         self._save_last(trainer)
+
+    def _save_confusion(self, data: ExpressionDataModule, module: ExpressionModule, mean_acc: float) -> None:
+        part = "validation" if data.split.selected_on == "val" else "test part, where the epoch is chosen"
+        title = f"{part}, epoch {self.best_epoch + 1}: mean class accuracy {100 * mean_acc:.2f} %"
+        counts = module.tally("val").confusion_matrix()
+        save_confusion(self.folder, "val", counts, module.class_names, title, stamps_of(data, module))
 
 
 class Predictions(Callback):

@@ -155,6 +155,16 @@ def guarded(command: Callable[[], Any]) -> Any:
         sys.exit(USER_MISTAKE)
 
 
+def several_devices(trainer: DictConfig) -> bool:
+    """Whether ``trainer.devices`` and ``trainer.num_nodes`` ask for more than one device, or for all there are."""
+    devices = trainer.devices
+    if isinstance(devices, str):  # as Lightning reads it: "2" is two devices, "2," is the one numbered 2
+        devices = [part for part in devices.split(",") if part] if "," in devices else devices
+        devices = int(devices) if isinstance(devices, str) and devices.lstrip("-").isdigit() else devices
+    one = devices == 1 or (not isinstance(devices, int | str) and len(devices) == 1)
+    return not one or OmegaConf.select(trainer, "num_nodes", default=1) != 1
+
+
 def is_sweep(config: DictConfig, argv: list[str]) -> bool:
     """Whether Hydra will take this command line for a multirun: ``-m``, or a group that says so, as ``sweep=`` does."""
     args = get_args_parser().parse_args(argv)

@@ -16,13 +16,14 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import get_class, instantiate
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
 from fer.callbacks import Predictions, Randomness, Recorder, WandbPictures, measure_flops, stamps_of
-from fer.config import argument_problems, unsafe_entries
+from fer.config import argument_problems, several_devices, unsafe_entries
 from fer.data.base import ExpressionDataModule
 from fer.data.manifest import PARTS
 from fer.detections import Detections, RegionPicture
@@ -60,7 +61,10 @@ def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", 
     _quieten()
     data = preflight(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    _console().print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
+    # Lightning starts a process for each further device of a run; the first one keeps the books.
+    follower = several_devices(config.trainer) and rank_zero_only.rank > 0
+    if not follower:
+        _console().print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
     data.open()
     facts = data.facts()
     if config.data.class_names is None:
@@ -69,11 +73,15 @@ def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", 
     if issubclass(architecture, ExpressionModule):
         for option, value in architecture.from_data(config.model, data).items():
             config.model[option] = value
-    print_data(facts)
+    if not follower:
+        print_data(facts)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     plain["data"]["root"] = str(Path(config.data.root).absolute()) if config.data.root else ""
     plain["data"]["cache"] = str(Path(config.data.cache).absolute())
     key = job_key(plain, data.fingerprint())
+    if follower:
+        config.logger = None
+        return _train_and_test(config, plain, folder, data, facts, folder.last.exists(), "", [])
     if resumed:
         key = folder.status()["job_key"]
     state = folder.begin(OmegaConf.create(plain), key, bool(config.fresh) and not resumed)
@@ -122,6 +130,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*recommended to use.*sync_dist.*")  # each device knows all scores
 
 
 def preflight(config: DictConfig) -> ExpressionDataModule:
@@ -203,13 +212,22 @@ def _train_and_test(
     trainer.fit(module, datamodule=data, ckpt_path=str(folder.last) if unfinished else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    tester = trainer
+    if trainer.world_size > 1:  # the test reads each image once, on one device
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        if not trainer.is_global_zero:
+            return recorder.best
+        tester = instantiate(
+            config.trainer, devices=1, strategy="auto", num_nodes=1, callbacks=callbacks, logger=loggers
+        )
     if not folder.best.exists():
         raise UserError(
             f"no epoch was finished, so there is no best checkpoint: trainer.max_epochs={trainer.max_epochs}"
         )
     module.load_state_dict(load_checkpoint(folder.best)["state_dict"])
     started = time.monotonic()
-    trainer.test(module, datamodule=data, verbose=False)
+    tester.test(module, datamodule=data, verbose=False)
     test_seconds = time.monotonic() - started
     recorder.count_time()
 
@@ -253,6 +271,7 @@ def _train_and_test(
         "seconds": recorder.seconds,
         "cpu_seconds": recorder.cpu,
         "device": str(trainer.strategy.root_device),
+        "devices": trainer.world_size,
         "precision": str(trainer.precision),
         "threads": threads,
         "resident": data.is_resident(),

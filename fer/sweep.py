@@ -32,7 +32,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from fer.config import CONF, user_mistake
+from fer.config import CONF, several_devices, user_mistake
 from fer.errors import UserError
 from fer.runs import RunFolder, job_key, read_json, without_paths, write_json, write_text
 
@@ -143,12 +143,7 @@ def check_devices(config: DictConfig) -> None:
     Raises:
         UserError: ``trainer.devices`` or ``trainer.num_nodes`` asks for more than one.
     """
-    devices = config.trainer.devices
-    if isinstance(devices, str):
-        devices = [part for part in devices.split(",") if part] if "," in devices else devices
-        devices = int(devices) if isinstance(devices, str) and devices.lstrip("-").isdigit() else devices
-    one = devices == 1 or (not isinstance(devices, int | str) and len(devices) == 1)
-    if not one or OmegaConf.select(config, "trainer.num_nodes", default=1) != 1:
+    if several_devices(config.trainer):
         raise UserError(
             f"trainer.devices={config.trainer.devices} in a sweep: a sweep's job has one device, and several GPUs run "
             "several jobs (hydra/launcher=ray); for one run over several devices leave -m and sweep= out"
@@ -211,7 +206,8 @@ def _run(config: DictConfig, folder: RunFolder, hydra: Any) -> tuple[str, float]
     key = quick_key(config)
     if before.get("quick_key") == key and before["status"] == "done" and folder.results.exists():
         log.info("done already: %s", folder.path)
-        return "skipped", float(read_json(folder.results)["metrics"]["val"]["mean_acc"])
+        results = read_json(folder.results)
+        return "skipped", float(results["metrics"]["val"][results["monitor"]])
     from fer.experiment import run_experiment
 
     words = [word for word in hydra.overrides.task if not word.startswith(("group=", "fresh="))]
@@ -241,6 +237,8 @@ def run(config: DictConfig, words: list[str], start: Callable[[], Any]) -> int:
     sweep = plan(config, words)
     console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160")))
     console.print(f"sweep folder: {sweep.folder}", soft_wrap=True, highlight=False)
+    if "submitit_folder" in config.hydra.launcher:
+        console.print(f"what the jobs print: {sweep.folder / '.submitit'}", soft_wrap=True, highlight=False)
     page = sweep.folder / "aggregate.json"
     before = page.read_text() if page.exists() else None
     page.unlink(missing_ok=True)  # it must not be taken for this session's
@@ -258,6 +256,10 @@ def run(config: DictConfig, words: list[str], start: Callable[[], Any]) -> int:
         code = INTERRUPTED
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else FAILED
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()  # its workers' last lines come before the table, and none is left behind
     outcomes = Counter(read_json(folder.outcome)["outcome"] for folder in sweep.folders() if folder.outcome.exists())
     if code == INTERRUPTED or outcomes["interrupted"]:
         console.print(f"interrupted; the same command goes on: {sweep.command}", soft_wrap=True, highlight=False)

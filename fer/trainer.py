@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import nn
 
@@ -79,6 +80,7 @@ class Trainer(lightning.Trainer):
         checkpoint_minutes: minutes between checkpoints within an epoch.
         checkpoint_steps: steps between checkpoints within an epoch, on top; None leaves it to the minutes.
         precision: Lightning's, or ``auto``.
+        devices: Lightning's.
         lightning_options: Lightning's other arguments, by their own names.
     """
 
@@ -92,6 +94,7 @@ class Trainer(lightning.Trainer):
         checkpoint_minutes: float,
         checkpoint_steps: int | None,
         precision: str,
+        devices: Any,
         **lightning_options: Any,
     ) -> None:
         if not (threads == "auto" or (isinstance(threads, int) and threads >= 1)):
@@ -100,9 +103,14 @@ class Trainer(lightning.Trainer):
         self.weight_ema = weight_ema
         self.checkpoint_minutes, self.checkpoint_steps = checkpoint_minutes, checkpoint_steps
         chosen: Any = auto_precision() if precision == "auto" else precision
+        plugins: list[Any] = [AtomicCheckpointIO()]
+        if devices == 1:
+            # One device needs nothing of SLURM's, and Lightning's part for it would install signal handlers of its own.
+            plugins.append(LightningEnvironment())
         super().__init__(
             precision=chosen,
-            plugins=[AtomicCheckpointIO()],
+            devices=devices,
+            plugins=plugins,
             use_distributed_sampler=False,  # our loaders know their rank; Lightning's sampler would repeat test images
             **lightning_options,
         )

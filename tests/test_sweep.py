@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -182,6 +183,105 @@ def test_a_failing_job_is_named_and_stops_nothing(tmp_path: Path) -> None:
     assert (failed["n"], whole["n"]) == (0, 1)
     assert failed["failed"][0]["job"] == "loss-soft"
     assert "loss-soft: failed" in (tmp_path / "here" / "aggregate.md").read_text()
+
+
+# -- launchers, search, several devices: minutes -----------------------------------------------------------------------
+
+LAUNCHERS = {
+    "joblib": ["hydra/launcher=joblib"],
+    "submitit_local": ["hydra/launcher=submitit_local"],
+    "ray": ["hydra/launcher=ray", "hydra.launcher.ray.remote.num_gpus=0"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_gives_the_same_aggregate(sweep: Path, tmp_path: Path, launcher: str) -> None:
+    done = train("-m", *FOLDS, "logger=csv", *LAUNCHERS[launcher], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "outputs" / "sweeps" / sweep.name
+    assert read(folder / "aggregate.json") == read(sweep / "aggregate.json")
+    assert "2 jobs: 0 skipped, 0 resumed, 2 run, 0 failed" in done.stdout
+    assert len({read(folder / job / "outcome.json")["pid"] for job in JOBS}) == 2
+    again = train("-m", *FOLDS, "logger=csv", *LAUNCHERS[launcher], cwd=tmp_path)
+    assert "2 jobs: 2 skipped, 0 resumed, 0 run, 0 failed" in again.stdout
+
+
+@pytest.mark.slow
+def test_nothing_is_carried_from_job_to_job(sweep: Path, tmp_path: Path) -> None:
+    """Jobs that come second in their process, after other jobs of other sizes, against the same jobs alone."""
+    words = [*FOLDS, "logger=csv", "model.width=8,4"]  # width 8 first: every process has run one when a 4 comes
+    done = train("-m", *words, "hydra/launcher=joblib", "hydra.sweep.dir=joblib", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    places = [path.parent for path in (tmp_path / "joblib").glob("*/outcome.json")]
+    assert len(places) == 4
+    assert len({read(place / "outcome.json")["pid"] for place in places}) == 2
+    alone = read(sweep / JOBS[1] / "results.json")["command"]
+    assert "hydra.mode=RUN" in alone
+    words = shlex.split(alone)[3:]
+    assert train(*words, "logger=csv", "hydra.run.dir=alone", cwd=tmp_path).returncode == 0
+    reference = (tmp_path / "alone" / "predictions.csv").read_bytes()
+    assert (sweep / JOBS[1] / "predictions.csv").read_bytes() == reference  # basic: the second job of its process
+    assert (tmp_path / "joblib" / f"model.width-4,{JOBS[1]}" / "predictions.csv").read_bytes() == reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", *LAUNCHERS])
+def test_control_c_stops_a_sweep(tmp_path: Path, launcher: str) -> None:
+    launching = LAUNCHERS.get(launcher, [])
+    words = ["-m", *SMALL, "seed=0,1,2", "logger=csv", "trainer.max_epochs=500", *launching, "hydra.sweep.dir=here"]
+    command = [sys.executable, "-m", "fer.train", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
+    wait_until(lambda: list((tmp_path / "here").glob("*/metrics.csv")), process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(timeout=300) == 130
+    assert not (tmp_path / "here" / "aggregate.json").exists()
+    curves = {path: path.read_text() for path in (tmp_path / "here").glob("*/metrics.csv")}
+    time.sleep(10)
+    assert {path: path.read_text() for path in (tmp_path / "here").glob("*/metrics.csv")} == curves  # no job lives on
+
+
+@pytest.mark.slow
+def test_a_search_draws_the_same_trials_again(tmp_path: Path) -> None:
+    words = ["-m", "hydra/sweeper=optuna", *SMALL, "logger=csv", "hydra.sweeper.n_trials=3", "hydra.sweep.dir=here"]
+    found = train(*words, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "3 jobs: 0 skipped, 0 resumed, 3 run, 0 failed" in found.stdout
+    results = [read(path) for path in (tmp_path / "here").glob("*/results.json")]
+    best = max(r["metrics"]["val"]["mean_acc"] for r in results)
+    chosen = OmegaConf.load(tmp_path / "here" / "optimization_results.yaml")
+    assert chosen.best_value == pytest.approx(best, abs=1e-6)
+    groups = read(tmp_path / "here" / "aggregate.json")["groups"]
+    assert len(groups) == 3
+    assert groups[0]["mean"]["val/mean_acc"] == pytest.approx(best)
+    assert "3 jobs: 3 skipped" in train(*words, cwd=tmp_path).stdout
+
+
+@pytest.mark.slow
+def test_two_devices_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
+    """A network without batch norm and dropout, for which the two are the same computation."""
+    words = [*SMALL[: SMALL.index("model=cbam_resnet")], "data.train=84", "data.val=21", "data.test=21", "logger=csv"]
+    words += ["model=timm", "model.backbone=test_vit", "model.pretrained=false", "model.image_size=48"]
+    words += ["optim=sgd_onecycle", "optim.optimizer.lr=0.01", "trainer.max_epochs=3", "trainer.precision=32-true"]
+    words += ["trainer.enable_progress_bar=false", "trainer.checkpoint_steps=2", "trainer.threads=1"]
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=10", "hydra.run.dir=two"]
+    done = train(*words, *two, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one = train(*words, "trainer=cpu", "data.batch_size=20", "hydra.run.dir=one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    a, b = (read(tmp_path / name / "results.json") for name in ("two", "one"))
+    assert (a["devices"], b["devices"], a["steps"]) == (2, 1, b["steps"])
+    tables = [pd.read_csv(tmp_path / name / "predictions.csv") for name in ("two", "one")]
+    assert tables[0]["index"].tolist() == tables[1]["index"].tolist()
+    assert len(tables[0]) == tables[0]["index"].nunique() == 21
+    assert np.abs(tables[0][a["classes"]] - tables[1][a["classes"]]).to_numpy().max() < 1e-4
+    curves = [pd.read_csv(tmp_path / name / "metrics.csv") for name in ("two", "one")]
+    for column in ("train/acc", "train/loss", "val/nll"):  # counted over both devices' images
+        assert curves[0][column].to_numpy() == pytest.approx(curves[1][column].to_numpy(), abs=1e-4)
+    refused = train("-m", *words, *two, "seed=0,1", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "leave -m and sweep= out" in refused.stderr
+    assert not (tmp_path / "outputs").exists()
 
 
 # -- the plan: no job is started ---------------------------------------------------------------------------------------

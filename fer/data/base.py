@@ -333,7 +333,8 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
 
     def _sampler(self, part: Part) -> EpochSampler:
         train, trainer = part == "train", self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        # Of several devices each trains on its share and validates on everything, so all know the same scores.
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None and train else (0, 1)
         batch_size = self.batch_size if train else self.eval_batch_size
         passes = self.augment.crops_per_image if train else 1
         return EpochSampler(self._order(part), batch_size, drop_last=train, rank=rank, world_size=world, passes=passes)

@@ -75,6 +75,8 @@ class ExpressionModule(LightningModule, abc.ABC):
         self.loss_function = loss
         self.optim = optim
         self.tallies = nn.ModuleDict({stage: Tally(self.num_classes) for stage in ("train_", "val", "test")})
+        # Each device counts for itself; data-parallel training would overwrite the others' counts with the first one's.
+        self._ddp_params_and_buffers_to_ignore = [f"tallies.{name}" for name, _ in self.tallies.named_buffers()]
 
     @property
     def stamps(self) -> list[str]:
@@ -186,7 +188,8 @@ class ExpressionModule(LightningModule, abc.ABC):
         self.log_dict({f"{stage}/{k}": v for k, v in kept.items() if k in bar}, prog_bar=True)
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's training scores and start counting anew."""
+        """Log the epoch's training scores, of all devices together, and start counting anew."""
+        self.tally("train").restore(self.tally("train").counts())
         self._log_scores("train", keys=("loss", "acc"))
         self.reset("train")
 

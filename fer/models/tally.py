@@ -3,11 +3,15 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from fer.metrics import expected_calibration_error, scores
 
 CALIBRATION_BINS = 15
+
+
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 class Tally(nn.Module):
@@ -53,13 +57,18 @@ class Tally(nn.Module):
             buffer.zero_()
 
     def counts(self) -> dict[str, Tensor]:
-        """The buffers by name, copied to the CPU: what a checkpoint keeps."""
-        return {name: buffer.detach().cpu().clone() for name, buffer in self.named_buffers()}
+        """Copies of the buffers by name, summed over the devices of a data-parallel run: what a checkpoint keeps."""
+        copies = {name: buffer.detach().clone() for name, buffer in self.named_buffers()}
+        if _several():
+            for copy in copies.values():
+                distributed.all_reduce(copy)
+        return {name: copy.cpu() for name, copy in copies.items()}
 
     def restore(self, counts: dict[str, Tensor]) -> None:
-        """Put back what `counts` returned."""
+        """Put back what `counts` returned: on the first device, so that the sum over all of them is right again."""
+        first = not _several() or distributed.get_rank() == 0
         for name, buffer in self.named_buffers():
-            buffer.copy_(counts[name])
+            buffer.copy_(counts[name] if first else torch.zeros_like(buffer))
 
     def confusion_matrix(self) -> Any:
         """(K, K) int64 numpy counts, rows are labels."""

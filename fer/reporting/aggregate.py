@@ -170,7 +170,10 @@ def aggregate(folder: Path) -> dict[str, Any]:
             key: value for key, value in job.words.items() if key in varying or key in COLUMNS - {"group", "fresh"}
         }
         groups.setdefault(tuple(sorted(setting.items())), Group(setting)).jobs.append(job)
-    return {"sweep": folder.name, "jobs": len(jobs), "groups": [group.record() for group in groups.values()]}
+    records = [group.record() for group in groups.values()]
+    if read_json(folder / "sweep.json")["jobs"] is None:  # a search's best comes first
+        records.sort(key=lambda record: -record["mean"].get("val/mean_acc", -1.0))
+    return {"sweep": folder.name, "jobs": len(jobs), "groups": records}
 
 
 # -- for people -----------------------------------------------------------------------------------------------------
