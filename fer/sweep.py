@@ -54,14 +54,12 @@ class Plan:
         jobs: overrides of each job by its folder's name; None for a search, which draws them as it goes.
         words: the command line for Hydra.
         command: the command as it was typed.
-        fresh: finished jobs are run anew.
     """
 
     folder: Path
     jobs: dict[str, list[str]] | None
     words: list[str]
     command: str
-    fresh: bool
 
     def folders(self) -> list[RunFolder]:
         """The jobs' folders; those that exist, for a search."""
@@ -115,7 +113,6 @@ def plan(config: DictConfig, words: list[str]) -> Plan:
         # The group comes first, so that one that was typed beats it.
         words=[*flags, f"group={folder.name}", *typed, *ours],
         command=shlex.join(["python", "-m", "fer.train", *words]),
-        fresh=bool(config.fresh),
     )
 
 

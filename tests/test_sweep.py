@@ -1,5 +1,6 @@
 """Sweeps: one command, many jobs; restart, failures, the aggregate, W&B's group, launchers."""
 
+import itertools
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from conftest import TINY, composed, train
 from omegaconf import OmegaConf
 from scipy import stats
@@ -20,6 +22,7 @@ from test_train import wandb_records
 
 from fer.config import CONF, compose_like_hydra, is_sweep, unsafe_entries
 from fer.errors import UserError
+from fer.models.base import ExpressionModule
 from fer.reporting.aggregate import aggregate, failures, markdown
 from fer.sweep import Plan, plan
 
@@ -339,6 +342,18 @@ def test_a_search_maximises_the_validation_monitor() -> None:
         optim = composed(f"optim={path.stem}")
         for key in config.hydra.sweeper.params:
             assert OmegaConf.select(optim, key) is not None, (path.stem, key)
+
+
+def test_wandbs_agents_drive_the_same_command() -> None:
+    """What an agent would start (``${args_no_hyphens}`` is ``key=value`` words) composes."""
+    recipe = yaml.safe_load((CONF.parent / "docs" / "wandb_sweep.yaml").read_text())
+    assert recipe["command"] == ["${env}", "python", "-m", "${program}", "${args_no_hyphens}"]
+    assert recipe["program"] == "fer.train"
+    assert recipe["metric"] == {"name": f"best/{ExpressionModule.monitor}", "goal": "maximize"}
+    spaces = recipe["parameters"].items()
+    values = {key: space.get("values", [space.get("value", space.get("min"))]) for key, space in spaces}
+    for choice in itertools.product(*values.values()):
+        assert composed(*(f"{key}={value}" for key, value in zip(values, choice, strict=True)))
 
 
 @pytest.mark.parametrize(
