@@ -533,8 +533,11 @@ def test_the_manifests_own_landmarks_and_boxes(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_image(tmp_path / "faces" / told["file"]), crop.image)
         assert told["subject"] == manifest.subject[row]
     assert set(folder(tmp_path / "faces").manifest().split) == {"train", "val", "test"}
+    # A prepared folder keeps its landmarks and can be prepared again; a plain one has none.
+    assert prepared(folder(tmp_path / "faces"), tmp_path / "again", None, size=64).landmarks == 7
+    WRITERS["folder"](tmp_path / "plain")
     with pytest.raises(UserError, match="neither landmarks nor boxes"):
-        prepared(folder(tmp_path / "faces"), tmp_path / "again", None)
+        prepared(folder(tmp_path / "plain"), tmp_path / "none", None)
 
 
 class Everywhere:
