@@ -62,7 +62,7 @@ def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", 
     data = preflight(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     # Lightning starts a process for each further device of a run; the first one keeps the books.
-    follower = several_devices(config.trainer) and rank_zero_only.rank > 0
+    follower = several_devices(config.trainer) and rank_zero_only.rank > 0  # type: ignore[attr-defined]
     if not follower:
         _console().print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
     data.open()
