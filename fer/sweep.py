@@ -38,6 +38,7 @@ from fer.runs import RunFolder, job_key, read_json, without_paths, write_json, w
 
 log = logging.getLogger(__name__)
 FAILED, INTERRUPTED = 1, 130  # exit codes
+ONLY_JOB = "job"  # folder of the job of a sweep that sweeps nothing
 GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
 
@@ -82,31 +83,23 @@ def plan(config: DictConfig, words: list[str]) -> Plan:
     _check_launcher(config)
     check_devices(config)
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    task = [*params, *map(str, config.hydra.overrides.task)]
     parser = OverridesParser.create(config_loader=ConfigLoaderImpl(create_config_search_path(str(CONF))))
-    parsed = {override.get_key_element(): override for override in parser.parse_overrides(task)}
-    swept = {key: override for key, override in parsed.items() if override.is_sweep_override()}
-    fixed = ["group", *(override.key_or_group for key, override in parsed.items() if key not in swept)]
-
-    plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
-    sweeper = {**plain.pop("hydra")["sweeper"], "params": None}
-    axes = sorted(str(override.input_line) for override in swept.values())
-    digest = hashlib.sha256((without_paths(plain) + json.dumps([axes, sweeper], sort_keys=True)).encode())
-    name = f"{config.hydra.runtime.choices.sweep or 'sweep'}-{digest.hexdigest()[:8]}"
-    asked = any(word.startswith("hydra.sweep.dir=") for word in config.hydra.overrides.hydra)
-    folder = Path(config.hydra.sweep.dir if asked else f"outputs/sweeps/{name}").absolute()
-
+    parsed = {o.get_key_element(): o for o in parser.parse_overrides([*params, *config.hydra.overrides.task])}
+    swept = [override for override in parsed.values() if override.is_sweep_override()]
+    fixed = ["group", *(override.key_or_group for override in parsed.values() if override not in swept)]
+    folder = _folder(config, sorted(str(override.input_line) for override in swept))
     jobs = None
-    style = config.hydra.job.config.override_dirname
     if config.hydra.sweeper._target_ == GRID:
         jobs = {}
+        style = config.hydra.job.config.override_dirname
         for overrides in BasicSweeper.split_arguments(list(parsed.values()), None)[0]:
             dirname = get_overrides_dirname(parser.parse_overrides(overrides), fixed, style.item_sep, style.kv_sep)
-            jobs[dirname or "job"] = overrides
+            jobs[dirname or ONLY_JOB] = overrides
     typed = get_args_parser().parse_args(words).overrides
     flags = words[: len(words) - len(typed)]
-    ours = [f"hydra.sweep.dir='{folder}'", f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"]
-    ours += [] if swept else ["hydra.sweep.subdir=job"]
+    place = str(folder).replace("'", r"\'")
+    ours = [f"hydra.sweep.dir='{place}'", f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"]
+    ours += [] if swept else [f"hydra.sweep.subdir={ONLY_JOB}"]
     return Plan(
         folder=folder,
         jobs=jobs,
@@ -114,6 +107,18 @@ def plan(config: DictConfig, words: list[str]) -> Plan:
         words=[*flags, f"group={folder.name}", *typed, *ours],
         command=shlex.join(["python", "-m", "fer.train", *words]),
     )
+
+
+def _folder(config: DictConfig, axes: list[str]) -> Path:
+    """The folder asked for, or one named after everything that determines the sweep's figures."""
+    if any(word.startswith("hydra.sweep.dir=") for word in config.hydra.overrides.hydra):
+        return Path(config.hydra.sweep.dir).absolute()
+    plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+    # More trials go on where fewer ended, and the parameters are among the axes.
+    sweeper = {key: value for key, value in plain.pop("hydra")["sweeper"].items() if key not in ("params", "n_trials")}
+    digest = hashlib.sha256((without_paths(plain) + json.dumps([axes, sweeper], sort_keys=True)).encode())
+    name = f"{config.hydra.runtime.choices.sweep or 'sweep'}-{digest.hexdigest()[:8]}"
+    return Path(config.hydra.sweep.dir).absolute() / name
 
 
 def _check_launcher(config: DictConfig) -> None:
@@ -168,11 +173,12 @@ def quick_key(config: DictConfig) -> str:
     return job_key(plain, _source_state(str(config.data.root)))
 
 
-def job(config: DictConfig) -> float:
+def job(config: DictConfig) -> float | None:
     """One job of a sweep, in whatever process the launcher runs it; what became of it is in its ``outcome.json``.
 
     Returns:
-        The validation monitor; NaN for a failed job, so that the others go on.
+        The validation monitor; NaN for a failed job, so that the others go on, and None for a failed trial of a search,
+        which is what its sweeper takes for one.
     """
     hydra: Any = HydraConfig.get()
     os.chdir(hydra.runtime.cwd)  # Ray's workers may start elsewhere
@@ -194,7 +200,7 @@ def job(config: DictConfig) -> float:
         write_json(
             folder.outcome, {"outcome": outcome, "error": error, "host": socket.gethostname(), "pid": os.getpid()}
         )
-    return value
+    return value if error is None or hydra.sweeper._target_ == GRID else None
 
 
 def _run(config: DictConfig, folder: RunFolder, hydra: Any) -> tuple[str, float]:

@@ -30,7 +30,7 @@ def run(config: DictConfig) -> float:
 
 
 @hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")
-def _job(config: DictConfig) -> float:
+def _job(config: DictConfig) -> float | None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         from fer import sweep
 

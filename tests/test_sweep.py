@@ -246,18 +246,20 @@ def test_control_c_stops_a_sweep(tmp_path: Path, launcher: str) -> None:
 
 @pytest.mark.slow
 def test_a_search_draws_the_same_trials_again(tmp_path: Path) -> None:
-    words = ["-m", "hydra/sweeper=optuna", *SMALL, "logger=csv", "hydra.sweeper.n_trials=3", "hydra.sweep.dir=here"]
+    words = ["-m", "hydra/sweeper=optuna", *SMALL, "logger=csv", "hydra.sweeper.n_trials=4", "hydra.sweep.dir=here"]
+    words += ["loss=soft,cross_entropy"]  # the first fails: synthetic faces have no vote distributions
     found = train(*words, cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert "3 jobs: 0 skipped, 0 resumed, 3 run, 0 failed" in found.stdout
     results = [read(path) for path in (tmp_path / "here").glob("*/results.json")]
+    assert 0 < len(results) < 4
+    assert found.returncode == 1
+    assert f"4 jobs: 0 skipped, 0 resumed, {len(results)} run, {4 - len(results)} failed" in found.stdout
     best = max(r["metrics"]["val"]["mean_acc"] for r in results)
     chosen = OmegaConf.load(tmp_path / "here" / "optimization_results.yaml")
     assert chosen.best_value == pytest.approx(best, abs=1e-6)
     groups = read(tmp_path / "here" / "aggregate.json")["groups"]
-    assert len(groups) == 3
+    assert len(groups) == 4
     assert groups[0]["mean"]["val/mean_acc"] == pytest.approx(best)
-    assert "3 jobs: 3 skipped" in train(*words, cwd=tmp_path).stdout
+    assert f"4 jobs: {len(results)} skipped" in train(*words, cwd=tmp_path).stdout
 
 
 @pytest.mark.slow
