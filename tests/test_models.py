@@ -4,6 +4,7 @@ A new architecture is tested as soon as its YAML exists; name a cheap variant of
 quick.
 """
 
+import hashlib
 import os
 import time
 
@@ -198,9 +199,20 @@ def test_cached_weights_need_no_network(monkeypatch, tmp_path):
     save_file(published.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda *_: os.fspath(tmp_path / "model.safetensors"))
     module = build("timm", "backbone=test_resnet", "pretrained=true")
-    assert module.weights == "timm/test_resnet.r160_in1k"
+    checksum = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert module.weights == f"timm/test_resnet.r160_in1k sha256:{checksum}"
     assert torch.equal(module.network.conv1[0].weight, published.conv1[0].weight)
     assert module(images(2, 64)).shape == (2, 7)
+
+
+@pytest.mark.usefixtures("offline")
+def test_damaged_cached_weights_are_refused(monkeypatch, tmp_path):
+    blob = tmp_path / hashlib.sha256(b"as published").hexdigest()  # the hub's cache names large files so
+    save_file(timm.create_model("test_resnet").state_dict(), blob)
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda *_: os.fspath(tmp_path / "model.safetensors"))
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged: published with SHA-256"):
+        build("timm", "backbone=test_resnet", "pretrained=true")
 
 
 def test_random_weights_are_named():

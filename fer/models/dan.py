@@ -94,7 +94,7 @@ class DAN(ExpressionModule):
 
     Args:
         backbone: Any timm network; ResNet-18 in the paper.
-        pretrained: Start the backbone from timm's weights of that name.
+        pretrained: Start the backbone from timm's weights of that name, or from a file's, see `timm_network`.
         heads: Number of attention heads.
         affinity: Weight of the affinity loss.
         partition: Weight of the partition loss; without effect on a single head.
@@ -106,7 +106,7 @@ class DAN(ExpressionModule):
     def __init__(
         self,
         backbone: str,
-        pretrained: bool,
+        pretrained: bool | str,
         heads: int,
         affinity: float,
         partition: float,

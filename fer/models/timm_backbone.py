@@ -16,7 +16,7 @@ class TimmBackbone(ExpressionModule):
 
     Args:
         backbone: timm's name, ``architecture`` or ``architecture.weights``.
-        pretrained: Start from the published weights of that name.
+        pretrained: Start from the published weights of that name, or from a file's, see `timm_network`.
         dropout: Before the classifier.
         drop_path: Stochastic depth.
         layer_decay: Learning rate of a layer over the next one's; 1 treats all alike.
@@ -28,7 +28,7 @@ class TimmBackbone(ExpressionModule):
     def __init__(
         self,
         backbone: str,
-        pretrained: bool,
+        pretrained: bool | str,
         dropout: float,
         drop_path: float,
         layer_decay: float,
