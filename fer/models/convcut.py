@@ -129,7 +129,7 @@ class ConvCut(ExpressionModule):
 
     Args:
         backbone: Any timm ConvNeXt.
-        pretrained: Start the trunk from timm's weights of that name.
+        pretrained: Start the trunk from timm's weights of that name, or from a file's, see `timm_network`.
         truncate: As in `cut_convnext`.
         detail: As in `ConvCutNetwork`, and so are the next four.
         attention: ``batch`` is refused unless ``allow_batch_attention``.
@@ -149,7 +149,7 @@ class ConvCut(ExpressionModule):
     def __init__(
         self,
         backbone: str,
-        pretrained: bool,
+        pretrained: bool | str,
         truncate: int | Literal["released"],
         detail: bool,
         attention: Attention,
