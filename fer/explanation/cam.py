@@ -69,5 +69,5 @@ def as_map(x: Tensor) -> Tensor:
     """
     if x.ndim == 3:
         side = math.isqrt(x.shape[1])
-        return x[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
+        return x[:, -side * side :].transpose(1, 2).reshape(len(x), -1, side, side)
     return x if x.shape[2] == x.shape[3] else x.permute(0, 3, 1, 2)

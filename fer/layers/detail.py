@@ -1,5 +1,7 @@
 """Conv-cut's blocks: detail extraction, and two readings of its self-attention (Nan et al. 2025, arXiv 2504.09077)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +26,12 @@ class TokenAttention(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
+
+    def weights(self, tokens: Tensor) -> Tensor:
+        """Who attends to whom: (B, N, D) -> softmax(Q K^T / sqrt(D)), (B, N, N), to look at."""
+        q, k = self.query(tokens), self.key(tokens)
+        scores: Tensor = q @ k.transpose(1, 2) / math.sqrt(q.shape[2])
+        return scores.softmax(2)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """LN(x + W_O softmax(Q K^T / sqrt(D)) V)."""

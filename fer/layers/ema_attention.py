@@ -28,8 +28,8 @@ class EMAttention(nn.Module):
         self.conv3 = nn.Conv2d(width, width, 3, padding=1)
         self.norm = nn.GroupNorm(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+    def gate(self, x: Tensor) -> Tensor:
+        """sigmoid(w): (B, C, H, W) -> (B, groups, H, W)."""
         height, width = x.shape[2:]
         group = x.reshape(-1, x.shape[1] // self.groups, height, width)
         means = torch.cat([group.mean(3, keepdim=True), group.mean(2, keepdim=True).transpose(2, 3)], dim=2)
@@ -37,8 +37,12 @@ class EMAttention(nn.Module):
         x1 = self.norm(group * rows.sigmoid() * columns.transpose(2, 3).sigmoid())
         x2 = self.conv3(group)
         weight = _matched(x1, x2) + _matched(x2, x1)
-        result: Tensor = group * weight.sigmoid()
-        return result.view_as(x)
+        return weight.sigmoid().view(-1, self.groups, height, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        grouped = x.reshape(x.shape[0], self.groups, -1, *x.shape[2:])
+        return (grouped * self.gate(x)[:, :, None]).reshape(x.shape)
 
 
 def _matched(query: Tensor, key: Tensor) -> Tensor:

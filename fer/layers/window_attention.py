@@ -1,5 +1,7 @@
 """Window-based cross-attention between two maps: POSTER++ (Mao et al. 2023, arXiv 2301.12149)."""
 
+import math
+
 import torch
 from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
@@ -32,6 +34,14 @@ class WindowCrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.bias = RelPosBias((window, window), heads)
         self.proj = nn.Linear(dim, dim)
+
+    def weights(self, query: Tensor, context: Tensor) -> Tensor:
+        """Who attends to whom: two (N, window**2, dim) -> (N, heads, window**2, window**2), to look at."""
+        count, area = query.shape[:2]
+        k = self.kv(context).reshape(count, area, 2, self.heads, -1)[:, :, 0].transpose(1, 2)
+        q = query.reshape(count, area, self.heads, -1).transpose(1, 2)
+        scores: Tensor = q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) + self.bias.get_bias()
+        return scores.softmax(3)
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
         """Two (N, window**2, dim), cut identically -> (N, window**2, dim)."""
