@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
 from fer.data.base import ExpressionDataModule
+from fer.data.manifest import Manifest
 from fer.loggers import Wandb
 from fer.metrics import Array
 from fer.models.averaging import WeightAverage
@@ -63,14 +64,37 @@ def save_confusion(
     figure.savefig(folder.path / f"confusion_{part}.png", dpi=120)
 
 
-class Recorder(Checkpoint):
-    """Curves, ``best.ckpt``, ``last.ckpt`` and the validation confusion matrix; its own state is in the checkpoint.
+def save_predictions(
+    folder: RunFolder, manifest: Manifest, class_names: list[str], rows: Array, label: Array, probabilities: Array
+) -> None:
+    """Write ``predictions.csv``.
+
+    Args:
+        folder: the run folder.
+        manifest: N images.
+        class_names: K names.
+        rows: (n,) rows of the manifest.
+        label: (n,) true classes.
+        probabilities: (n, K) float32.
+    """
+    names = np.array(class_names)
+    table = pd.DataFrame({"index": rows, "item": manifest.item[rows]})
+    table["subject"] = manifest.subject[rows] if manifest.subject is not None else ""
+    table["label"], table["predicted"] = names[label], names[probabilities.argmax(1)]
+    for k, name in enumerate(class_names):
+        table[name] = probabilities[:, k]
+    # Nine significant digits bring every float32 back exactly.
+    write_text(folder.predictions, table.to_csv(index=False, float_format="%.9g"))
+
+
+class Curves(Checkpoint):
+    """Curves, ``best.ckpt`` and ``last.ckpt`` of a module with a ``score``; its own state is in the checkpoint.
 
     Derives from Lightning's `Checkpoint` only to be called after the module has logged its epoch.
 
     Attributes:
         history: one row of metrics per finished epoch.
-        best: best value of the monitor so far.
+        best: best score so far.
         best_epoch: its epoch, counted from 0.
         seconds, cpu: wall and CPU time of all sessions of this run up to the last checkpoint.
         resumed_from_step: optimiser step this session began at, None for an uninterrupted run.
@@ -143,28 +167,41 @@ class Recorder(Checkpoint):
         if due or (self.steps is not None and trainer.global_step % self.steps == 0):
             self._save_last(trainer)
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def score(self, trainer: lightning.Trainer, module: Any, metrics: dict[str, float]) -> float:
+        """What the best epoch has most of: the module's monitor."""
+        return metrics.get(module.monitor, math.nan)
+
+    def on_best(self, trainer: lightning.Trainer, module: Any, metrics: dict[str, float]) -> None:
+        """Further files of the best epoch so far; called on the first device."""
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         """One row of the curves; best and last checkpoint."""
-        assert isinstance(module, ExpressionModule)
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         self.history.append(row | metrics)
-        value = trainer.strategy.broadcast(metrics.get(module.monitor, math.nan))
+        value = trainer.strategy.broadcast(self.score(trainer, module, metrics))
         if value > self.best:
             self.best, self.best_epoch = value, trainer.current_epoch
             # What was validated is kept.
             with self.average.in_place(module) if self.average else contextlib.nullcontext():
                 trainer.save_checkpoint(self.folder.best, weights_only=True)
             if trainer.is_global_zero:
-                self._save_confusion(_data_of(trainer), module, metrics["val/mean_acc"])
+                self.on_best(trainer, module, metrics)
         if trainer.is_global_zero:
             write_text(self.folder.path / "metrics.csv", pd.DataFrame(self.history).to_csv(index=False))
         self._save_last(trainer)
 
-    def _save_confusion(self, data: ExpressionDataModule, module: ExpressionModule, mean_acc: float) -> None:
+
+class Recorder(Curves):
+    """`Curves` of an `ExpressionModule`, and the confusion matrix of its best validation epoch."""
+
+    def on_best(self, trainer: lightning.Trainer, module: Any, metrics: dict[str, float]) -> None:
+        """The confusion matrix."""
+        data = _data_of(trainer)
+        assert isinstance(module, ExpressionModule)
         part = "validation" if data.split.selected_on == "val" else "test part, where the epoch is chosen"
-        title = f"{part}, epoch {self.best_epoch + 1}: mean class accuracy {100 * mean_acc:.2f} %"
+        title = f"{part}, epoch {self.best_epoch + 1}: mean class accuracy {100 * metrics['val/mean_acc']:.2f} %"
         counts = module.tally("val").confusion_matrix()
         save_confusion(self.folder, "val", counts, module.class_names, title, stamps_of(data, module))
 
@@ -205,15 +242,7 @@ class Predictions(Callback):
         self.rows, self.label, self.probabilities = rows[order], label[order], probabilities[order]
         if not np.array_equal(self.rows, np.sort(data.split.test)):
             raise RuntimeError(f"the test saw {len(rows)} images, the test part has {len(data.split.test)}")
-        names = np.array(data.class_names)
-        manifest = data.store.manifest
-        table = pd.DataFrame({"index": self.rows, "item": manifest.item[self.rows]})
-        table["subject"] = manifest.subject[self.rows] if manifest.subject is not None else ""
-        table["label"], table["predicted"] = names[self.label], names[self.probabilities.argmax(1)]
-        for k, name in enumerate(data.class_names):
-            table[name] = self.probabilities[:, k]
-        # Nine significant digits bring every float32 back exactly.
-        write_text(self.folder.predictions, table.to_csv(index=False, float_format="%.9g"))
+        save_predictions(self.folder, data.store.manifest, data.class_names, self.rows, self.label, self.probabilities)
         counts = module.tally("test").confusion_matrix()
         accuracy = 100 * counts.trace() / max(counts.sum(), 1)
         title = f"test: accuracy {accuracy:.2f} %, n = {counts.sum()}"

@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from fer.errors import UserError
 from fer.runs import write_json
 
 log = logging.getLogger(__name__)
+
+
+def quieten() -> None:
+    """Lightning's tips and hardware lines are not results."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*recommended to use.*sync_dist.*")  # each device knows all scores
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

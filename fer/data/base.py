@@ -20,7 +20,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from fer.data.splits import Split
 from fer.data.store import Store, open_store, stat_fingerprint
 from fer.data.transforms import TTA_VIEWS, Augment, Finish, PerImage
 from fer.errors import UserError
+from fer.faces.framing import Framing
 from fer.labels import index_map
 
 log = logging.getLogger(__name__)
@@ -276,10 +277,19 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
             "subjects": None if manifest.subject is None else len(np.unique(manifest.subject)),
             "warnings": list(manifest.warnings),
             "regions": self.regions,
+            "framing": framing.as_json() if (framing := self.framing()) is not None else None,
             "selected_on": self.split.selected_on,
             "stamps": list(self.split.stamps),
             "fingerprint": self.split.fingerprint(manifest),
         }
+
+    def framing(self) -> Framing | None:
+        """How faces lie in the training images; None where their landmarks are not known or there are several."""
+        store, rows = self.store, self.split.train
+        if store.manifest.landmarks is None or store.manifest.face_boxes is not None:
+            return None
+        shares = (relative(store.manifest.select(rows), store.windows[rows])["landmarks"] + 1) / 2
+        return Framing.measured(shares, store.windows[rows, 2:].max(1))
 
     def fingerprint(self) -> str:
         """Hash of the split, its labels and its pixels: changes when anything a run sees of the data does."""
@@ -343,7 +353,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         """Batches of a training epoch on each device."""
         return len(self._sampler("train"))
 
-    def _loader(self, part: Part) -> ResidentLoader | WorkerLoader:
+    def _loader(self, part: Part, tta: str = "none") -> ResidentLoader | WorkerLoader:
         train, resident, device = part == "train", self.is_resident(), self.device
         sampler = self._sampler(part)
         finish = Finish(
@@ -354,7 +364,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
             seed=self.seed,
             train=train,
             augmented=train and not resident,
-            tta=self.tta if part == "test" else "none",
+            tta=tta,
         )
         if resident:
             return ResidentLoader(sampler, *self._resident_tensors(device), finish, remember_position=train)
@@ -380,4 +390,8 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
 
     def test_dataloader(self) -> ResidentLoader | WorkerLoader:
         """In order, with the views of ``tta``."""
-        return self._loader("test")
+        return self._loader("test", self.tta)
+
+    def evaluation_loader(self, part: Literal["val", "test"], tta: str) -> ResidentLoader | WorkerLoader:
+        """A part in order, each image in the views of ``tta``."""
+        return self._loader(part, tta)
