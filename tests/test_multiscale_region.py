@@ -10,7 +10,7 @@ from fakes import write_rafdb
 from hydra.utils import instantiate
 from model_builds import batch_of, build, cheap, images, neighbour_dependence, parameter_count, shaken
 from torch import nn
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_iou, nms, roi_align
 
 from fer.errors import UserError
 from fer.experiment import run_experiment
@@ -99,6 +99,26 @@ def test_level_of_a_box():
     sides = [16, 100, 223, 224, 447, 448]
     head(pyramid, torch.tensor([[[0.0, 0.0, side, side] for side in sides]]))
     assert seen[0][0, :, 0].round().tolist() == [3, 3, 3, 4, 4, 5]
+
+
+def test_crops_are_those_of_torchvision_at_the_level_of_each_box():
+    generator = torch.Generator().manual_seed(0)
+    head = RegionHead(4, classes=4).eval()
+    head.block = nn.Identity()
+    pyramid = [torch.randn(2, 4, 448 // s, 448 // s, generator=generator) for s in STRIDES[:3]]
+    seen = []
+    head.block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    low = 200 * torch.rand(2, 30, 2, generator=generator)
+    rois = torch.cat([low, (low + 8 + 500 * torch.rand(2, 30, 2, generator=generator)).clamp(max=448)], dim=2)
+    rois[:, 0], rois[:, 1] = torch.tensor([0.0, 0, 448, 448]), torch.tensor([438.0, 0, 448, 10])
+    head(pyramid, rois)
+    plain = []
+    for b in range(2):
+        for box in rois[b]:
+            level = min(max(math.floor(4 + math.log2(math.sqrt((box[2:] - box[:2]).prod()) / 224)), 3), 5)
+            maps, row = pyramid[level - 3][b : b + 1], torch.cat([torch.zeros(1), box])[None]
+            plain.append(roi_align(maps, row, 7, 1 / 2**level, sampling_ratio=2, aligned=True))
+    torch.testing.assert_close(seen[0], torch.cat(plain), rtol=1e-4, atol=1e-4)
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------

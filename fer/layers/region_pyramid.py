@@ -130,12 +130,28 @@ class RegionHead(nn.Module):
         Returns:
             Logits (B, R, 1 + classes), background first, and codes (B, R, classes, 4) against the boxes.
         """
-        side = (rois[..., 2:] - rois[..., :2]).prod(-1).sqrt().flatten()
-        level = (4 + (side / 224).log2()).floor().clamp(3, 5)
-        crops = torch.stack([crop(pyramid[i], rois, STRIDES[i], size=7) for i in range(3)])
-        chosen = crops.gather(0, (level.long() - 3).view(1, -1, 1, 1, 1).expand(1, *crops.shape[1:])).squeeze(0)
+        side = (rois[..., 2:] - rois[..., :2]).prod(-1).sqrt()
+        level = (4 + (side / 224).log2()).floor().clamp(3, 5).long() - 3
+        maps, left = side_by_side(pyramid[:3])
+        corner = torch.stack([rois.new_tensor(left)[level], torch.ones_like(side)], dim=-1).repeat(1, 1, 2)
+        boxes = rois / rois.new_tensor(STRIDES[:3])[level][..., None] + corner
+        chosen = crop(maps, boxes, stride=1, size=7).to(pyramid[0].dtype)
         pooled = self.block(chosen).mean((2, 3)).unflatten(0, rois.shape[:2])
         return self.kind(pooled).float(), self.boxes(pooled).float().unflatten(2, (-1, 4))
+
+
+def side_by_side(maps: list[Tensor]) -> tuple[Tensor, list[float]]:
+    """Maps (B, C, S, S), the largest first, in one, so that boxes of all levels are cropped at once.
+
+    The border of each is repeated around it: a crop is what it would be of the map alone.
+
+    Returns:
+        (B, C, S + 2, ...), and the x at which each map begins; all begin at y = 1.
+    """
+    rows = maps[0].shape[-1] + 2
+    wide = [F.pad(x if x.dtype == torch.float64 else x.float(), (1, 1, 1, 1), mode="replicate") for x in maps]
+    starts = [1.0 + sum(x.shape[-1] for x in wide[:i]) for i in range(len(wide))]
+    return torch.cat([F.pad(x, (0, 0, 0, rows - x.shape[-1])) for x in wide], dim=3), starts
 
 
 def crop(x: Tensor, rois: Tensor, stride: int, size: int, image: Tensor | None = None) -> Tensor:
