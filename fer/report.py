@@ -59,6 +59,15 @@ def run(config: DictConfig) -> None:
     print(f"{len(runs):,} runs ({state}) in {len(groups):,} groups: {output / 'report.html'}")
 
 
+def report_on(folder: Path) -> None:
+    """The report on all runs under a folder, into its ``report``; every other value as ``conf/report.yaml`` has it."""
+    config = OmegaConf.load(CONF / f"{CONFIG}.yaml")
+    assert isinstance(config, DictConfig)
+    del config["defaults"], config["hydra"]
+    config.runs, config.output = str(folder), str(folder / "report")
+    run(config)
+
+
 def _listed(value: Any) -> list[str]:
     return [str(one) for one in value] if isinstance(value, list) else [str(value)]
 

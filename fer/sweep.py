@@ -8,7 +8,6 @@ it and tells the rest only through files. Nothing here imports torch.
 """
 
 import hashlib
-import importlib.util
 import json
 import logging
 import math
@@ -32,15 +31,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from fer.config import CONF, several_devices, user_mistake
-from fer.errors import UserError
+from fer.config import CONF, user_mistake
 from fer.runs import RunFolder, job_key, read_json, without_paths, write_json, write_text
+from fer.sweep_checks import GRID, check_devices, check_launcher, check_search, is_search
 
 log = logging.getLogger(__name__)
 FAILED, INTERRUPTED = 1, 130  # exit codes
 ONLY_JOB = "job"  # folder of the job of a sweep that sweeps nothing
-GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
 
 
 # -- before: where the sweep lives and which jobs it has ------------------------------------------------------------
@@ -77,11 +74,13 @@ def plan(config: DictConfig, words: list[str]) -> Plan:
         words: the command line.
 
     Raises:
-        UserError: a launcher or sweeper that is not installed, several devices per job.
+        UserError: a launcher or sweeper that is not installed, several devices per job, a search on the test part.
     """
     HydraConfig.instance().set_config(config)
-    _check_launcher(config)
+    check_launcher(config)
     check_devices(config)
+    if is_search(config.hydra):
+        check_search(config)
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=ConfigLoaderImpl(create_config_search_path(str(CONF))))
     parsed = {o.get_key_element(): o for o in parser.parse_overrides([*params, *config.hydra.overrides.task])}
@@ -119,37 +118,6 @@ def _folder(config: DictConfig, axes: list[str]) -> Path:
     digest = hashlib.sha256((without_paths(plain) + json.dumps([axes, sweeper], sort_keys=True)).encode())
     name = f"{config.hydra.runtime.choices.sweep or 'sweep'}-{digest.hexdigest()[:8]}"
     return Path(config.hydra.sweep.dir).absolute() / name
-
-
-def _check_launcher(config: DictConfig) -> None:
-    for what in ("launcher", "sweeper"):
-        target = str(config.hydra[what]._target_)
-        package = ".".join(target.split(".")[:2])
-        if target.startswith("hydra_plugins.") and importlib.util.find_spec(package) is None:
-            raise UserError(f"hydra/{what}: {package} is not installed; pip install 'fer-bench[sweeps]' brings it")
-    launcher = config.hydra.launcher
-    if launcher._target_ == RAY and launcher.ray.init.address is None and launcher.ray.remote.num_gpus:
-        import torch
-
-        if not torch.cuda.is_available():
-            # Ray would wait for one for ever.
-            raise UserError(
-                f"hydra.launcher.ray.remote.num_gpus={launcher.ray.remote.num_gpus}, but this machine has no GPU: "
-                "hydra.launcher.ray.remote.num_gpus=0 runs on its CPU"
-            )
-
-
-def check_devices(config: DictConfig) -> None:
-    """Refuse jobs over several devices: Hydra would start every rank as a sweep of its own.
-
-    Raises:
-        UserError: ``trainer.devices`` or ``trainer.num_nodes`` asks for more than one.
-    """
-    if several_devices(config.trainer):
-        raise UserError(
-            f"trainer.devices={config.trainer.devices} in a sweep: a sweep's job has one device, and several GPUs run "
-            "several jobs (hydra/launcher=ray); for one run over several devices leave -m and sweep= out"
-        )
 
 
 # -- one job ----------------------------------------------------------------------------------------------------------
@@ -205,6 +173,8 @@ def job(config: DictConfig) -> float | None:
 
 def _run(config: DictConfig, folder: RunFolder, hydra: Any) -> tuple[str, float]:
     check_devices(config)
+    if is_search(hydra):
+        check_search(config)
     before = {} if config.fresh else folder.status()
     key = quick_key(config)
     if before.get("quick_key") == key and before["status"] == "done" and folder.results.exists():
@@ -292,4 +262,8 @@ def _conclude(sweep: Plan, config: DictConfig, outcomes: Counter[str], before: s
     problems = failures(record)
     for line in problems:
         print(f"error: {line}", file=sys.stderr)
+    if config.report and sum(outcomes.values()) > outcomes["failed"]:
+        from fer.report import report_on
+
+        report_on(sweep.folder)
     return FAILED if problems else 0

@@ -17,12 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from fer.config import CONF, check_command_line, guarded, is_sweep, refuse_unsafe
 from fer.errors import UserError
+from fer.sweep_checks import check_search, driven_by_wandb
 
 CONFIG = "train"
 
 
 def run(config: DictConfig) -> float:
     """One run: train, test, write the run folder; returns the validation monitor."""
+    if driven_by_wandb():
+        check_search(config)
     from fer.experiment import run_experiment
 
     command = shlex.join(["python", "-m", "fer.train", *sys.argv[1:]])

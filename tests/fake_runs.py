@@ -204,6 +204,7 @@ def write_run(
         "parameters": 78612,
         "forward_flops": 16753808,
         "images_per_second": {"train": 90.0 + seed, "test": 300.0},
+        "detection_seconds_per_image": None,
         "seconds": 60.0 + seed,
         "cpu_seconds": 55.0 + seed,
         "device": "cpu",

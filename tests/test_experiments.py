@@ -31,6 +31,7 @@ CLAIMS = {
     "multiscale_region_rafdb": "88.23 %",
     "multiscale_region_rafdb_paper": "88.23 %",
     "posterpp_affectnet": "63.77 %",
+    "posterpp_affectnet7": "67.49 %",
     "posterpp_rafdb": "92.21 %",
     "resattn_vit_affectnet": "62.2 %",
     "resattn_vit_affectnet_paper": "62.2 %",

@@ -1,6 +1,8 @@
 """The report: what it averages, what it refuses, what it writes, and the page as a browser shows it."""
 
+import base64
 import html
+import io
 import json
 import re
 import resource
@@ -16,6 +18,7 @@ import pytest
 import yaml
 from conftest import TINY, composed
 from fake_runs import write_run
+from PIL import Image
 from scipy import stats
 
 from fer.config import CONF
@@ -269,6 +272,37 @@ def test_a_claim_on_a_variant_goes_to_that_variant(tmp_path: Path) -> None:
     pairs = {one.claim.method: one.group for one in beside(bench, load_claims(CONF / "claims.yaml")) if one.group}
     assert pairs["two-stream without landmark stage"].settings["model.landmark"] is False
     assert pairs["complete two-stream, no CelebA pre-training"].settings["model.landmark"] is True
+
+
+# -- detection ------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_detector_found_and_how_fast_stands_in_the_report(tmp_path: Path) -> None:
+    runs, out = tmp_path / "runs", tmp_path / "report"
+    write_run(runs / "plain", model="dan")
+    found = {"map50": [0.4, 0.6], "face_ap50": [0.8, 0.9], "recall": [0.9, 1.0], "matched_acc": [0.5, None]}
+    for seed in range(2):
+        folder = write_run(runs / str(seed), seed=seed, model="resattn_vit")
+        results = json.loads((folder / "results.json").read_text())
+        results["metrics"]["test"] |= {metric: values[seed] for metric, values in found.items()}
+        results["detection_seconds_per_image"] = {"median": 0.01 + 0.01 * seed, "p95": 0.05, "device": "CPU, 1 threads"}
+        write_json(folder / "results.json", results)
+        Image.new("RGB", (2400, 400), (200, 30, 30)).save(folder / "detections.png")
+    (runs / "0" / "detections.png").write_bytes(b"no picture")  # the other run has one
+    assert report(runs, out).returncode == 0
+    lines = pd.read_csv(out / "detections.csv")
+    assert lines["group"].tolist() == ["synthetic-resattn_vit-official"]
+    line = lines.iloc[0]
+    assert (line["map50_mean"], line["face_ap50_mean"], line["matched_acc_mean"]) == pytest.approx((0.5, 0.85, 0.5))
+    assert line["map50_std"] == pytest.approx(np.std([0.4, 0.6], ddof=1))
+    assert (line["milliseconds_median"], line["milliseconds_p95"]) == pytest.approx((15, 50))
+    page = (out / "report.html").read_text()
+    assert "50.00 ± 14.14" in re.search(r'<table class="sortable detections">.*?</table>', page, re.S)[0]  # type: ignore[index]
+    pictures = re.findall(r'<figure class="found"><img src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == 1
+    assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).size == (1200, 200)
+    assert report(runs, out, "thumbnails=false").returncode == 0
+    assert 'class="found"' not in (out / "report.html").read_text()
 
 
 # -- comparisons --------------------------------------------------------------------------------------------------

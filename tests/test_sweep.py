@@ -25,6 +25,8 @@ from fer.errors import UserError
 from fer.models.base import ExpressionModule
 from fer.reporting.aggregate import aggregate, failures, markdown
 from fer.sweep import Plan, plan
+from fer.sweep_checks import check_search
+from fer.train import run as train_one
 
 # Two folds of few faces and a tiny network: about 8 core-seconds beside the imports.
 SMALL = [*TINY, "data.train=84", "data.val=21", "data.test=21", "data.batch_size=10", "model.width=4"]
@@ -344,6 +346,32 @@ def test_a_search_maximises_the_validation_monitor() -> None:
         optim = composed(f"optim={path.stem}")
         for key in config.hydra.sweeper.params:
             assert OmegaConf.select(optim, key) is not None, (path.stem, key)
+
+
+@pytest.mark.parametrize("agent", [False, True])
+def test_a_search_on_the_test_part_is_refused_or_stamped(monkeypatch: pytest.MonkeyPatch, agent: bool) -> None:
+    words = ["-m", "seed=0,1"] if agent else ["-m", "hydra/sweeper=optuna"]
+    planned("-m", "seed=0,1", "protocol=paper")  # a grid chooses nothing
+    if agent:
+        monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    planned(*words)
+    for chosen in ("protocol=paper", "protocol.select_on=test"):
+        with pytest.raises(UserError, match=r"allow_search_on_test=true"):
+            planned(*words, chosen)
+    planned(*words, "protocol=paper", "allow_search_on_test=true")
+    # In a job, where what is searched is chosen too: a trial of protocol=official,paper.
+    with pytest.raises(UserError, match=r"protocol\.select_on=test in a search"):
+        check_search(composed("protocol=paper"))
+    if agent:
+        with pytest.raises(UserError, match=r"protocol\.select_on=test in a search"):
+            train_one(composed("protocol=paper"))
+    allowed = composed("protocol=paper", "protocol.stamp=mine", "allow_search_on_test=true")
+    check_search(allowed)
+    assert allowed.protocol.stamp.startswith("mine; SEARCHED ON TEST")
+    assert allowed.data.protocol.stamp == allowed.protocol.stamp  # what the split's stamps are made of
+    honest = composed()
+    check_search(honest)
+    assert honest.protocol.stamp is None
 
 
 def test_wandbs_agents_drive_the_same_command() -> None:

@@ -75,6 +75,8 @@ class Claim:
             out.append(f"split: {self.split}; here {group.protocol}")
         elif not _official(group):
             out.append(f"split: official parts; here {group.protocol}")
+        if group.missing:
+            out.append(f"here {len(group.folds)} of {group.settings['data.protocol.folds']} folds")
         if self.classes != len(group.classes):
             out.append(f"{self.classes} classes; here {len(group.classes)}")
         if self.test_images is not None and self.test_images != group.images:

@@ -17,6 +17,13 @@ from fer.reporting.tables import DASH, NONE, Cell, Row, Table, interval, mean_st
 
 SHOWN = ("acc", "mean_acc", "macro_f1", "ece", "nll")
 PARTS = ("train", "val", "test")
+FOUND = {
+    "map50": "mAP@0.5",
+    "face_ap50": "face AP@0.5",
+    "recall": "faces found",
+    "matched_acc": "expression",
+    "region_map50": "region mAP@0.5",
+}
 
 
 def results(bench: Bench) -> Table:
@@ -123,6 +130,31 @@ def _claim_record(bench: Bench, claim: Claim) -> dict[str, Any]:
     record = {"bench": bench.title, "paper": claim.paper, "method": claim.method, "claimed_acc": claim.acc}
     record |= {"claimed_mean_acc": claim.mean_acc, "paper_protocol": claim.protocol, "void": claim.void or ""}
     return record
+
+
+def detections(bench: Bench) -> Table:
+    """Scores of the faces and regions found, and the time it takes, for the groups that find some."""
+    rows = []
+    for group in bench.ranked:
+        if not any(group.values(metric) for metric in FOUND):
+            continue
+        timed = [run.results.get("detection_seconds_per_image") for run in group.runs]
+        median, p95 = (_mean([1000 * one[key] for one in timed if one]) for key in ("median", "p95"))
+        where = ", ".join(dict.fromkeys(str(one["device"]) for one in timed if one))
+        found = {metric: group.interval(metric) for metric in FOUND}
+        cells = [words(group.label), *(mean_std(*values[:2]) for values in found.values())]
+        cells += [number(median, 1), number(p95, 1), words(where), _runs(group)]
+        record: dict[str, Any] = {"group": group.id, "milliseconds_median": median, "milliseconds_p95": p95}
+        for metric, values in found.items():
+            names = ("mean", "std", "low", "high")
+            record |= {f"{metric}_{name}": value for name, value in zip(names, values, strict=True)}
+        rows.append(_row(bench, group, cells, record | {"timed_on": where}))
+    note = (
+        "In %, at an overlap (IoU) of 0.5. Expression: share of the faces found whose expression is right. Time: one "
+        "image from the network's input to its faces, batch 1."
+    )
+    columns = ["model", *FOUND.values(), "ms an image", "95th percentile", "timed on", "runs"]
+    return Table(f"{bench.title}: faces and regions found", columns, rows, note)
 
 
 def confusion(group: Group) -> Table:

@@ -1,4 +1,4 @@
-"""The most confidently wrong images of a group, with thumbnails where the store of decoded images is at hand."""
+"""Photographs in the report: the most confidently wrong images of a group, and what its first run found in some."""
 
 import base64
 import io
@@ -17,6 +17,8 @@ from fer.reporting.collect import Run
 from fer.reporting.groups import Group
 
 SIDE = 96  # px, the largest thumbnail
+FOUND = ("detections", "regions")  # pictures a run draws of the faces and regions it finds; see fer/detections.py
+WIDTH = 1200  # px, of those pictures in the page
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,23 @@ def most_wrong(group: Group, count: int, stores: Sequence[Path], thumbnails: boo
         picture = _thumbnail(answers[row["run"]][0], int(row["index"]), row["item"], stores) if thumbnails else ""
         whom = (str(row["item"]), str(row["label"]), str(row["predicted"]))
         out.append(Wrong(*whom, float(row["score"]), int(row["wrong"]), int(row["tested"]), picture))
+    return out
+
+
+def pictures_found(group: Group) -> dict[str, bytes]:
+    """The pictures of faces and regions found by the first run of a group that drew some, as PNG by their name."""
+    out = {}
+    for name in FOUND:
+        for run in group.runs:
+            try:
+                with Image.open(run.path / f"{name}.png", formats=["PNG"]) as picture:
+                    picture.thumbnail((WIDTH, WIDTH))
+                    content = io.BytesIO()
+                    picture.convert("RGB").quantize(256).save(content, format="png", optimize=True)
+            except (OSError, ValueError, Image.DecompressionBombError):  # missing or damaged
+                continue
+            out[name] = content.getvalue()
+            break
     return out
 
 

@@ -17,9 +17,9 @@ from fer.reporting.claims import Beside, Claim, beside
 from fer.reporting.collect import Run
 from fer.reporting.comparisons import Verdict
 from fer.reporting.groups import Group
-from fer.reporting.pictures import Wrong, most_wrong
+from fer.reporting.pictures import Wrong, most_wrong, pictures_found
 from fer.reporting.tables import Table, markdown, write_csv
-from fer.runs import write_text
+from fer.runs import write_bytes, write_text
 
 HERE = Path(__file__).parent
 TITLE = "Facial expression recognition: report"
@@ -57,6 +57,7 @@ class GroupPart:
     reliability: str
     curves: str
     wrong: list[Wrong]
+    found: dict[str, bytes]
     runs: Table
 
 
@@ -72,13 +73,14 @@ class BenchPart:
     not_run: Table
     any_apart: bool
     per_class: Table
+    detections: Table
     distribution: Table
     groups: list[GroupPart]
 
     @property
     def tables(self) -> tuple[Table, ...]:
         """Its tables, without those of its groups."""
-        return self.results, self.claims, self.not_run, self.per_class, self.distribution
+        return self.results, self.claims, self.not_run, self.per_class, self.detections, self.distribution
 
 
 def write_report(
@@ -118,6 +120,8 @@ def write_report(
         for one in part.groups:
             write_text(output / "figures" / f"{one.group.id}-curves.svg", one.curves)
             write_text(output / "figures" / f"{one.group.id}-reliability.svg", one.reliability)
+            for name, picture in one.found.items():
+                write_bytes(output / "figures" / f"{one.group.id}-{name}.png", picture)
     notices = _notices(groups, len(planned))
     page = _environment().get_template("page.html")
     script = (HERE / "page.js").read_text()
@@ -142,6 +146,7 @@ def write_report(
     write_csv(output / "groups.csv", [part.results for part in parts])
     write_csv(output / "classes.csv", [part.per_class for part in parts])
     write_csv(output / "claims.csv", [table for part in parts for table in (part.claims, part.not_run)])
+    write_csv(output / "detections.csv", [part.detections for part in parts])
     write_csv(output / "confusion.csv", [one.confusion for part in parts for one in part.groups])
     write_csv(output / "images.csv", [part.distribution for part in parts])
     write_csv(output / "runs.csv", [one.runs for part in parts for one in part.groups])
@@ -156,7 +161,9 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
+    environment.filters["base64"] = lambda content: base64.b64encode(
+        content if isinstance(content, bytes) else content.encode()
+    ).decode()
     return environment
 
 
@@ -170,6 +177,7 @@ def _bench_part(bench: Bench, claims: Sequence[Beside], options: Options) -> Ben
         not_run=contents.not_run(bench, claims),
         any_apart=any(bench.apart(group) for group in bench.groups),
         per_class=contents.per_class(bench, claims),
+        detections=contents.detections(bench),
         distribution=contents.distribution(bench),
         groups=[_group_part(group, options) for group in bench.ranked],
     )
@@ -184,6 +192,7 @@ def _group_part(group: Group, options: Options) -> GroupPart:
             [run.curves() for run in group.runs], [r.results["best_epoch"] for r in group.runs], group.stamps
         ),
         wrong=most_wrong(group, options.wrong_images, options.stores, options.thumbnails),
+        found=pictures_found(group) if options.thumbnails else {},
         runs=contents.runs(group, options.root),
     )
 
@@ -236,6 +245,7 @@ def _markdown(parts: Sequence[BenchPart], summary: str, notices: Sequence[str], 
             lines += [f"### {markdown(one.group.label)} ({one.group.id})", "", *_bold(one.group.stamps)]
             lines += [one.confusion.markdown(), f"![curves](figures/{one.group.id}-curves.svg)"]
             lines += [f"![reliability](figures/{one.group.id}-reliability.svg)", ""]
+            lines += [f"![{name}](figures/{one.group.id}-{name}.png)\n" for name in one.found]
             wrong = [(w, f"{w.label} taken for {w.predicted}, {w.confidence:.2f}") for w in one.wrong]
             lines += _list([f"{w.item}: {what}, wrong in {w.wrong} of {w.tested} runs" for w, what in wrong])
     lines += [f"## {table.title}\n\n{table.markdown()}" for table in last if table is not None and table.rows]

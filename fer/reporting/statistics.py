@@ -1,4 +1,4 @@
-"""Statistics over runs and over images: plain numpy, scipy and statsmodels, no files.
+"""Statistics over runs and over images: plain numpy and scipy, no files.
 
 Every comparison is of a with b: a positive difference says a is better. All tests are two-sided.
 """
@@ -71,12 +71,9 @@ def mcnemar(right_a: Array, right_b: Array) -> Comparison:
 
     Source: McNemar, Psychometrika 12 (1947), 153-157.
     """
-    from statsmodels.stats.contingency_tables import mcnemar as test  # seconds to import, needed by few reports
-
     a, b = np.asarray(right_a, dtype=bool), np.asarray(right_b, dtype=bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    table = [[int((a & b).sum()), only_a], [only_b, int((~a & ~b).sum())]]
-    p = float(test(table, exact=True).pvalue) if only_a + only_b else 1.0
+    p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
     return Comparison((only_a - only_b) / len(a), math.nan, math.nan, p)
 
 
@@ -168,6 +165,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Source: Holm, Scandinavian Journal of Statistics 6 (1979), 65-70.
     """
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(p) for p in multipletests(list(p_values), method="holm")[1]] if len(p_values) else []
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p)
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return [float(value) for value in adjusted]
