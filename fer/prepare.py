@@ -35,7 +35,7 @@ def run(config: DictConfig) -> None:
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise UserError(f"the config does not resolve: {error}") from None
-    problems = argument_problems({"data": plain["data"], "detectors": plain["detectors"]}) + _value_problems(plain)
+    problems = argument_problems({"data": plain["data"], "detector": plain["detector"]}) + _value_problems(plain)
     if problems:
         raise UserError("\n".join(problems))
 
@@ -48,8 +48,8 @@ def run(config: DictConfig) -> None:
     if not isinstance(data, ExpressionDataModule):
         raise UserError(f"data._target_={plain['data']['_target_']} is no data set: expected an ExpressionDataModule")
     data.check_root()
-    name, own = plain["detector"], plain["use_manifest_landmarks"]
-    detector = None if own else instantiate(config.detectors[name])
+    own = plain["use_manifest_landmarks"]
+    detector = None if own else instantiate(config.detector)
     manifest = data.manifest()
     preparation = Preparation(
         data,
@@ -58,7 +58,7 @@ def run(config: DictConfig) -> None:
         size=plain["size"],
         margin=float(plain["margin"]),
         output=Path(plain["output"]),
-        record={"detector": "the manifest" if own else {name: plain["detectors"][name]}},
+        record={"detector": "the manifest" if own else plain["detector"]},
     )
     _tell(preparation.run(), manifest)
 
@@ -67,8 +67,6 @@ def _value_problems(plain: dict[str, Any]) -> list[str]:
     problems = []
     if not isinstance(plain["output"], str) or plain["output"] in ("", "???"):
         problems.append("output is missing: set output=/path/to/a/new/folder")
-    if plain["detector"] not in plain["detectors"]:
-        problems.append(f"detector={plain['detector']} is not one of {', '.join(plain['detectors'])}")
     if plain["size"] not in SIZES:
         problems.append(f"size={plain['size']}: expected a whole number of pixels, {SIZES[0]} to {SIZES[-1]}")
     if not isinstance(plain["margin"], int | float) or not -0.25 <= plain["margin"] <= 2:

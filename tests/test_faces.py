@@ -207,14 +207,14 @@ def test_choice_of_a_face() -> None:
 
 @pytest.fixture(scope="module")
 def settings() -> DictConfig:
-    """conf/prepare.yaml with its detectors."""
-    return command("output=unused")
+    """The files of conf/detector by name."""
+    return OmegaConf.create({path.stem: OmegaConf.load(path) for path in (CONF / "detector").glob("*.yaml")})
 
 
 @pytest.fixture(scope="module")
 def mtcnn(settings: DictConfig) -> Mtcnn:
     pytest.importorskip("facenet_pytorch")
-    detector = built(settings.detectors.mtcnn, device="cpu")
+    detector = built(settings.mtcnn, device="cpu")
     assert isinstance(detector, Mtcnn)
     return detector
 
@@ -305,7 +305,7 @@ def test_mtcnn_is_repeatable_and_sees_grey_as_colour(mtcnn: Mtcnn) -> None:
 @pytest.mark.parametrize("name", list(no_faces()))
 def test_a_picture_without_a_face_gives_none(mtcnn: Mtcnn, settings: DictConfig, name: str) -> None:
     assert mtcnn.detect(no_faces()[name]) == []
-    assert built(settings.detectors.haar).detect(no_faces()[name]) == []
+    assert built(settings.haar).detect(no_faces()[name]) == []
 
 
 @HAS_PHOTOS
@@ -348,7 +348,7 @@ def test_a_group_gives_several_faces(mtcnn: Mtcnn) -> None:
 
 
 def test_haar_finds_an_upright_face_with_its_eyes(settings: DictConfig) -> None:
-    haar = built(settings.detectors.haar)
+    haar = built(settings.haar)
     assert isinstance(haar, Haar)
     hits = 0
     for index in range(6):
@@ -368,12 +368,12 @@ def test_haar_finds_an_upright_face_with_its_eyes(settings: DictConfig) -> None:
 def test_yunet_reads_rows_and_needs_its_file(
     settings: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"detectors\.yunet\.model=None: expected the path"):
-        built(settings.detectors.yunet)
+    with pytest.raises(UserError, match=r"detector\.model=None: expected the path"):
+        built(settings.yunet)
     model = tmp_path / "yunet.onnx"
     model.write_bytes(b"no onnx")
     with pytest.raises(UserError, match="no YuNet that OpenCV can read"):
-        built(settings.detectors.yunet, model=str(model))
+        built(settings.yunet, model=str(model))
 
     class Network:
         def setInputSize(self, size: tuple[int, int]) -> None:
@@ -386,7 +386,7 @@ def test_yunet_reads_rows_and_needs_its_file(
             return 1, np.array([row, [*row[:2], 5, 5, *row[4:]]], dtype=np.float32)
 
     monkeypatch.setattr(cv2.FaceDetectorYN, "create", lambda *a, **k: Network())
-    detector = built(settings.detectors.yunet, model=str(model))
+    detector = built(settings.yunet, model=str(model))
     assert isinstance(detector, YuNet)
     picture = np.broadcast_to(np.array([1, 2, 3], np.uint8), (960, 1920, 3))
     (face,) = detector.detect(picture)  # searched at half size
@@ -397,10 +397,10 @@ def test_yunet_reads_rows_and_needs_its_file(
 
 def test_detector_settings_are_checked(settings: DictConfig) -> None:
     with pytest.raises(UserError, match="min_face=5"):
-        built(settings.detectors.haar, min_face=5)
+        built(settings.haar, min_face=5)
     pytest.importorskip("facenet_pytorch")
     with pytest.raises(UserError, match=r"device=nowhere cannot be used"):
-        built(settings.detectors.mtcnn, device="nowhere")
+        built(settings.mtcnn, device="nowhere")
 
 
 # -- preparing a data set ---------------------------------------------------------------------------------------------
@@ -713,18 +713,17 @@ def test_the_command_prepares_drawn_photographs(tmp_path: Path) -> None:
     manifest = folder(tmp_path / "faces").manifest()
     assert manifest.counts() == {part: {"happiness": 1, "surprise": 1} for part in ("train", "test")}
     assert read_image(tmp_path / "faces" / str(manifest.item[0])).shape == (96, 96, 3)
-    assert json.loads((tmp_path / "faces/prepared.json").read_text())["detector"]["mtcnn"]["min_confidence"] == 0.9
+    assert json.loads((tmp_path / "faces/prepared.json").read_text())["detector"]["min_confidence"] == 0.9
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         ([], "output is missing: set output="),
-        (["output=x", "detector=mtcn"], "detector=mtcn is not one of mtcnn, haar, yunet"),
         (["output=x", "size=3"], "size=3: expected a whole number of pixels"),
         (["output=x", "margin=-1"], "margin=-1: expected a share"),
         (["output=x", "use_manifest_landmarks=maybe"], "expected true or false"),
-        (["output=x", "detectors.haar.min_neighbours=3"], "takes no such argument"),
+        (["output=x", "detector=haar", "detector.min_neighbours=3"], "takes no such argument"),
         (["output=x", "data.root=nowhere"], "folder of images not found"),
     ],
 )

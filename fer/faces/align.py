@@ -6,13 +6,15 @@ angles to r - l that points to the mouth:
 
     unit   = max(|r - l|, 0.7 |m - e|)
     side   = 2.8 unit (1 + 2 margin)         of the square cut out of the picture
-    centre = e + 0.45 unit down              of that square, which is turned so that the eyes are level
+    centre = e + (0.45 + shift) unit down    of that square, which is turned so that the eyes are level
 
 so level eyes lie at height 0.5 - 0.45 / (2.8 (1 + 2 margin)) of the crop (0.37 at the default margin of 0.1) and, while
 the first term is the larger, 1 / (2.8 (1 + 2 margin)) apart (0.30). The mouth of a frontal face lies about 1.1 eye
 distances below its eyes, so the second term takes over only when the head is turned and its eyes draw together.
-A face of which only the box is known is cut, not turned: side = max(width, height) (1 + 2 margin) about its centre.
-The constants make both cuts alike: MTCNN's boxes are about 2.8 eye distances high.
+Crops others made have another ``shift`` than 0, see fer/faces/framing.py.
+A face of which only the box is known is cut, not turned: side = max(width, height) (1 + 2 margin) about its centre,
+shifted by max(width, height) / 2.8 as the unit. The constants make both cuts alike: MTCNN's boxes are about 2.8 eye
+distances high.
 """
 
 from dataclasses import dataclass
@@ -45,7 +47,9 @@ class Crop:
     by: Literal["landmarks", "box"]
 
 
-def align(image: Array, size: int, margin: float, landmarks: Array | None, box: Array | None) -> Crop | None:
+def align(
+    image: Array, size: int, margin: float, landmarks: Array | None, box: Array | None, shift: float = 0.0
+) -> Crop | None:
     """Cut a face out of a picture, by its landmarks where they will do, else by its box.
 
     Args:
@@ -54,14 +58,15 @@ def align(image: Array, size: int, margin: float, landmarks: Array | None, box: 
         margin: added on each side, as a share of the face square's side.
         landmarks: (5, 2) or (68, 2), see `five_points`; NaN where unknown.
         box: (4,) x, y, width, height; NaN where unknown.
+        shift: of the crop's centre towards the mouth, in units of the face.
 
     Returns:
         The crop, or None where neither landmarks nor box place a face.
     """
-    transform = None if landmarks is None else landmark_transform(landmarks, size, margin)
+    transform = None if landmarks is None else landmark_transform(landmarks, size, margin, shift)
     if transform is not None:
         return Crop(warp(image, transform, size), transform, "landmarks")
-    transform = None if box is None else box_transform(box, size, margin)
+    transform = None if box is None else box_transform(box, size, margin, shift)
     return None if transform is None else Crop(warp(image, transform, size), transform, "box")
 
 
@@ -79,12 +84,29 @@ def five_points(landmarks: Array) -> Array:
     return points
 
 
-def landmark_transform(landmarks: Array, size: int, margin: float) -> Array | None:
-    """The (2, 3) transform that puts the eyes level into the crop.
+@dataclass(frozen=True)
+class Pose:
+    """Where a face is and how large.
+
+    Attributes:
+        eyes: (2,) the point midway between them.
+        unit: see this module.
+        across: (2,) unit vector from the left eye to the right one.
+        down: (2,) unit vector towards the mouth.
+    """
+
+    eyes: Array
+    unit: float
+    across: Array
+    down: Array
+
+
+def pose(landmarks: Array) -> Pose | None:
+    """What 5 or 68 landmarks tell of a face.
 
     Returns:
-        None where the landmarks tell no direction: an eye is unknown, the eyes coincide (a profile), or the mouth lies
-        above them, as when left and right are exchanged. An unknown mouth is done without.
+        None where they tell no direction: an eye is unknown, the eyes coincide (a profile), or the mouth lies above
+        them, as when left and right are exchanged. An unknown mouth is done without.
     """
     left, right, _, *corners = five_points(landmarks)
     between, across = (left + right) / 2, right - left
@@ -99,16 +121,26 @@ def landmark_transform(landmarks: Array, size: int, margin: float) -> Array | No
         if mouth @ down <= 0 or distance < PROFILE * length:
             return None
         unit = max(distance, MOUTH_WEIGHT * length)
-    return square_transform(between + BELOW_EYES * unit * down, SIDE * unit, across / distance, size, margin)
+    return Pose(between, unit, across / distance, down)
 
 
-def box_transform(box: Array, size: int, margin: float) -> Array | None:
+def landmark_transform(landmarks: Array, size: int, margin: float, shift: float = 0.0) -> Array | None:
+    """The (2, 3) transform that puts the eyes level into the crop; None where `pose` is."""
+    face = pose(landmarks)
+    if face is None:
+        return None
+    centre = face.eyes + (BELOW_EYES + shift) * face.unit * face.down
+    return square_transform(centre, SIDE * face.unit, face.across, size, margin)
+
+
+def box_transform(box: Array, size: int, margin: float, shift: float = 0.0) -> Array | None:
     """The (2, 3) transform that scales a box x, y, width, height into the crop; None for an empty or unknown box."""
     x, y, width, height = np.asarray(box, dtype=np.float64)
     if not (width > 0 and height > 0 and np.isfinite([x, y, width, height]).all()):
         return None
-    centre = np.array([x + width / 2, y + height / 2])
-    return square_transform(centre, max(width, height), np.array([1.0, 0.0]), size, margin)
+    side = max(width, height)
+    centre = np.array([x + width / 2, y + height / 2 + shift * side / SIDE])
+    return square_transform(centre, side, np.array([1.0, 0.0]), size, margin)
 
 
 def square_transform(centre: Array, side: float, across: Array, size: int, margin: float) -> Array:

@@ -2,7 +2,7 @@
 
 A detector takes one picture and returns what it finds, largest first; a picture without a face gives an empty list.
 Large photographs are searched on a smaller copy, boxes and landmarks are given in the picture's own pixels. Detectors
-are chosen by ``detector=``; their values are in ``conf/prepare.yaml``.
+are chosen by ``detector=``, a file of ``conf/detector``.
 """
 
 from abc import ABC, abstractmethod
@@ -87,7 +87,7 @@ class CopyDetector(ABC):
 
     def __init__(self, *, max_side: int, min_face: int) -> None:
         if max_side < min_face or min_face < 12:
-            raise UserError(f"detectors: min_face={min_face}, max_side={max_side}: expected 12 <= min_face <= max_side")
+            raise UserError(f"detector: min_face={min_face}, max_side={max_side}: expected 12 <= min_face <= max_side")
         self.max_side, self.min_face = max_side, min_face
 
     @abstractmethod
@@ -150,7 +150,7 @@ class Mtcnn(CopyDetector):
             )
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
             reason = str(error).splitlines()[0]
-            raise UserError(f"detectors.mtcnn.device={device} cannot be used ({reason}): use auto or cpu") from None
+            raise UserError(f"detector.device={device} cannot be used ({reason}): use auto or cpu") from None
 
     def find(self, copy: Array) -> list[FoundFace]:
         """See `CopyDetector`."""
@@ -266,13 +266,13 @@ class YuNet(CopyDetector):
         super().__init__(max_side=max_side, min_face=min_face)
         if model is None or not Path(model).is_file():
             raise UserError(
-                f"detectors.yunet.model={model}: expected the path of face_detection_yunet_2023mar.onnx, which "
+                f"detector.model={model}: expected the path of face_detection_yunet_2023mar.onnx, which "
                 "github.com/opencv/opencv_zoo has under models/face_detection_yunet"
             )
         try:
             self._network = cv2.FaceDetectorYN.create(model, "", (320, 320), score_threshold=min_confidence)
         except cv2.error as error:
-            raise UserError(f"detectors.yunet.model={model} is no YuNet that OpenCV can read ({error.err})") from None
+            raise UserError(f"detector.model={model} is no YuNet that OpenCV can read ({error.err})") from None
 
     def find(self, copy: Array) -> list[FoundFace]:
         """See `CopyDetector`."""
