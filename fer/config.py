@@ -173,6 +173,42 @@ def is_sweep(config: DictConfig, argv: list[str]) -> bool:
     return bool(args.multirun or config.hydra.mode is RunMode.MULTIRUN)
 
 
+def folder_to_resume(words: list[str]) -> Path | None:
+    """The run folder of a command line ``resume=<folder>``, None where it asks for a new run.
+
+    Raises:
+        UserError: other options beside it.
+    """
+    asked = [word for word in words if word.startswith("resume=") and word != "resume=null"]
+    others = [word for word in words if word not in asked[:1]]
+    if asked and others:
+        raise UserError(
+            f"resume= continues a run with the config it was started with, so {' '.join(others)} cannot be given "
+            "beside it"
+        )
+    return Path(asked[0].partition("=")[2]) if asked else None
+
+
+def config_of_run(folder: Path, command: str) -> DictConfig:
+    """The config a run was started with, its targets found on the allow-list.
+
+    Args:
+        folder: the run folder.
+        command: what writes such folders, for messages.
+
+    Raises:
+        UserError: no run folder, or its config names something that may not run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"resume={folder}: {path} is missing, expected a run folder written by {command}")
+    config = OmegaConf.load(path)
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{path} is no config: expected the file {command} wrote")
+    refuse_unsafe(config)
+    return config
+
+
 def check_command_line(config_name: str, argv: list[str]) -> DictConfig:
     """Compose and check before Hydra acts: exit 1 with Hydra's words for a mistyped option, 2 for a refused target.
 

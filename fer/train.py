@@ -13,10 +13,9 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from fer.config import CONF, check_command_line, guarded, is_sweep, refuse_unsafe
-from fer.errors import UserError
+from fer.config import CONF, check_command_line, config_of_run, folder_to_resume, guarded, is_sweep
 from fer.sweep_checks import check_search, driven_by_wandb
 
 CONFIG = "train"
@@ -42,18 +41,8 @@ def _job(config: DictConfig) -> float | None:
 
 
 def resume(folder: Path) -> None:
-    """Continue the run in ``folder`` with the config it was started with.
-
-    Raises:
-        UserError: no run folder, or its config names something that may not run.
-    """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"resume={folder}: {path} is missing, expected a run folder written by python -m fer.train")
-    config = OmegaConf.load(path)
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{path} is no config: expected the file python -m fer.train wrote")
-    refuse_unsafe(config)
+    """Continue the run in ``folder`` with the config it was started with."""
+    config = config_of_run(folder, "python -m fer.train")
     from fer.experiment import run_experiment
 
     run_experiment(config, folder, resumed=True)
@@ -62,25 +51,16 @@ def resume(folder: Path) -> None:
 def main() -> None:
     """The command."""
     words = sys.argv[1:]
-    folders = [word.partition("=")[2] for word in words if word.startswith("resume=") and word != "resume=null"]
-    if len(folders) == 1 == len(words):
-        guarded(lambda: resume(Path(folders[0])))
-    elif folders:
-        guarded(lambda: _only_resume(words))
-    else:
-        config = check_command_line(CONFIG, words)
-        if is_sweep(config, words):
-            from fer import sweep
+    folder = guarded(lambda: folder_to_resume(words))
+    if folder is not None:
+        guarded(lambda: resume(folder))
+        return
+    config = check_command_line(CONFIG, words)
+    if is_sweep(config, words):
+        from fer import sweep
 
-            sys.exit(guarded(lambda: sweep.run(config, words, _job)))
-        _job()
-
-
-def _only_resume(words: list[str]) -> None:
-    others = [word for word in words if not word.startswith("resume=")]
-    raise UserError(
-        f"resume= continues a run with the config it was started with, so {' '.join(others)} cannot be given beside it"
-    )
+        sys.exit(guarded(lambda: sweep.run(config, words, _job)))
+    _job()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The LightningModule every architecture shares: one step, counts on the device, the injected loss and optimiser."""
 
 import abc
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
@@ -10,7 +9,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from fer.models.losses import ExpressionLoss
-from fer.models.optim import Recipe
+from fer.models.optim import Recipe, steps_per_epoch
 from fer.models.tally import Tally
 
 Batch = dict[str, Tensor]
@@ -219,18 +218,10 @@ class ExpressionModule(LightningModule, abc.ABC):
             self.loss_function.attach(self)
 
     def configure_optimizers(self) -> Any:
-        """Build optimiser and schedule from the injected recipe.
-
-        Counts the steps itself: ``trainer.estimated_stepping_batches`` would make the loaders before a checkpoint's
-        loader state is read, and a resumed epoch would begin at its first batch again.
-        """
-        trainer = self.trainer
-        batches: int = trainer.datamodule.train_batches()  # type: ignore[attr-defined]
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        steps = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+        """Build optimiser and schedule from the injected recipe."""
         groups = [*self.parameter_groups(), {"params": list(self.loss_function.parameters())}]
-        return self.optim.configure(groups, steps_per_epoch=steps, max_epochs=trainer.max_epochs or 1)
+        steps = steps_per_epoch(self.trainer)
+        return self.optim.configure(groups, steps_per_epoch=steps, max_epochs=self.trainer.max_epochs or 1)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip as the recipe says; the paper's value belongs with its optimiser."""

@@ -171,6 +171,18 @@ class Recipe:
         return [group for group in result if group["params"]]
 
 
+def steps_per_epoch(trainer: Any) -> int:
+    """Optimiser steps of an epoch of a Lightning trainer with one of our data modules.
+
+    Counted here: ``trainer.estimated_stepping_batches`` would make the loaders before a checkpoint's loader state is
+    read, and a resumed epoch would begin at its first batch again.
+    """
+    batches: int = trainer.datamodule.train_batches()
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+
+
 def _as_groups(
     groups: Sequence[Tensor] | Sequence[ParameterGroup],
 ) -> list[ParameterGroup]:
