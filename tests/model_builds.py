@@ -37,7 +37,6 @@ def build(name: str, *overrides: str, classes: list[str] = SEVEN) -> ExpressionM
     """The module a YAML describes, without pre-trained weights unless an override says so."""
     model = OmegaConf.load(CONF / "model" / f"{name}.yaml")
     model.pop("defaults", None)  # Hydra's choice of a recipe, no argument of the model
-    model.pop("defaults", None)  # which optimiser Hydra chooses beside it
     OmegaConf.set_struct(model, True)
     if "arguments" in model:
         OmegaConf.set_struct(model.arguments, False)

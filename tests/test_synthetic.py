@@ -324,14 +324,14 @@ def random_features(images: torch.Tensor) -> torch.Tensor:
 
 def test_neither_pixels_nor_random_filters_solve_it(capsys: pytest.CaptureFixture[str]) -> None:
     """At the default options; the penalties are the best ones found on the test part, so both are upper bounds."""
-    module = build(train=3000, val=0, test=1000)
+    module = build(train=2000, val=0, test=800)
     manifest = module.manifest()
-    assert not set(manifest.subject[:3000]) & set(manifest.subject[3000:])
-    images = torch.from_numpy(pictures(module, manifest, np.arange(4000))).float()[:, None]
+    assert not set(manifest.subject[:2000]) & set(manifest.subject[2000:])
+    images = torch.from_numpy(pictures(module, manifest, np.arange(2800))).float()[:, None]
     labels = torch.from_numpy(manifest.label)
-    pixels = linear_accuracy(images.flatten(1), labels, train=3000, penalty=0.1)
-    random = linear_accuracy(random_features(images), labels, train=3000, penalty=0.02)
+    pixels = linear_accuracy(images.flatten(1), labels, train=2000, penalty=0.1)
+    random = linear_accuracy(random_features(images), labels, train=2000, penalty=0.02)
     with capsys.disabled():
-        print(f"\nsynthetic faces, 3000 train: raw pixels {pixels:.3f} (< 0.50), random filters {random:.3f} (< 0.60)")
+        print(f"\nsynthetic faces, 2000 train: raw pixels {pixels:.3f} (< 0.50), random filters {random:.3f} (< 0.60)")
     assert 1 / 7 < pixels < 0.50
     assert pixels < random < 0.60

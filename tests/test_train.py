@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY, composed, train
 
+from fer.config import guarded
 from fer.errors import UserError
 from fer.experiment import preflight, run_experiment
 
@@ -204,18 +205,25 @@ def test_help_and_typos_answer_without_importing_torch(tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
-def test_missing_data_is_one_clear_message(tmp_path: Path) -> None:
-    done = train("model=convcut", "data=rafdb", cwd=tmp_path)
-    assert done.returncode == 2
+def test_missing_data_is_one_clear_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FER_DATA", raising=False)
+    with pytest.raises(SystemExit) as left:
+        guarded(lambda: preflight(composed("model=convcut", "data=rafdb")))
+    assert left.value.code == 2
+    message = capsys.readouterr().err
     for words in ("RAF-DB not found", str(tmp_path / "data" / "rafdb"), "data.root=", "EmoLabel", "whdeng.cn"):
-        assert words in done.stderr
-    assert "Traceback" not in done.stderr
+        assert words in message
+    assert "Traceback" not in message
 
 
 def test_a_failing_run_is_marked_failed_everywhere(tmp_path: Path) -> None:
     words = [*TINY, "loss=soft", "hydra.run.dir=run"]  # synthetic faces have no vote distributions
     done = train(*words, cwd=tmp_path)
     assert done.returncode == 2
+    assert "Traceback" not in done.stderr
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["status"] == "failed"
     assert "soft" in status["error"]
