@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from fer.errors import UserError
 
-INPUT_SIZE = 112
-CHANNELS = (64, 128, 256)  # of the stages
+WIDTH = 64  # channels of the first stage; each further stage doubles them
 
 
 class _Unit(nn.Module):
@@ -43,15 +42,19 @@ class IR50(nn.Module):
 
     Args:
         blocks: Of each stage; 3, 4 and 14 make IR-50, 17,611,968 parameters.
+        width: Channels of the first stage.
     """
 
-    def __init__(self, blocks: list[int]) -> None:
+    def __init__(self, blocks: list[int], width: int = WIDTH) -> None:
         super().__init__()
-        self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
-        inputs = (64, *CHANNELS)
+        self.input_layer = nn.Sequential(
+            nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width)
+        )
+        stages = (width, 2 * width, 4 * width)
+        inputs = (width, *stages)
         self.body1, self.body2, self.body3 = (
             nn.Sequential(_Unit(inputs[i], channels, 2), *(_Unit(channels, channels, 1) for _ in range(count - 1)))
-            for i, (channels, count) in enumerate(zip(CHANNELS, blocks, strict=True))
+            for i, (channels, count) in enumerate(zip(stages, blocks, strict=True))
         )
 
     def forward(self, image: Tensor) -> list[Tensor]:

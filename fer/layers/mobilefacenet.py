@@ -4,6 +4,7 @@ Its modules carry the names of cunjian/pytorch_face_landmark, so that a checkpoi
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 from fer.errors import UserError
 
 INPUT_SIZE = 112
-CHANNELS = (64, 128, 512)  # of the maps at 28x28, 14x14 and 7x7
+WIDTH = 64  # channels of the map at 28x28
+BLOCKS = (4, 6, 2)  # bottlenecks that keep the shape, of each map
 
 
 def _conv(
@@ -49,19 +51,25 @@ def _residuals(channels: int, hidden: int, count: int) -> nn.Sequential:
 
 
 class MobileFaceNet(nn.Module):
-    """The trunk: (B, 3, 112, 112) in [0, 1] -> maps (B, 64, 28, 28), (B, 128, 14, 14), (B, 512, 7, 7)."""
+    """The trunk: (B, 3, 112, 112) in [0, 1] -> maps (B, 64, 28, 28), (B, 128, 14, 14), (B, 512, 7, 7).
 
-    def __init__(self) -> None:
+    Args:
+        width: Channels of the first map; all others are multiples of them.
+        blocks: Bottlenecks that keep the shape, of each map.
+    """
+
+    def __init__(self, width: int = WIDTH, blocks: Sequence[int] = BLOCKS) -> None:
         super().__init__()
-        self.conv1 = _conv(3, 64, kernel=3, stride=2)
-        self.conv2_dw = _conv(64, 64, kernel=3, groups=64)
-        self.conv_23 = _Bottleneck(64, 64, hidden=128, stride=2)
-        self.conv_3 = _residuals(64, hidden=128, count=4)
-        self.conv_34 = _Bottleneck(64, 128, hidden=256, stride=2)
-        self.conv_4 = _residuals(128, hidden=256, count=6)
-        self.conv_45 = _Bottleneck(128, 128, hidden=512, stride=2)
-        self.conv_5 = _residuals(128, hidden=256, count=2)
-        self.conv_6_sep = _conv(128, 512)
+        w = width
+        self.conv1 = _conv(3, w, kernel=3, stride=2)
+        self.conv2_dw = _conv(w, w, kernel=3, groups=w)
+        self.conv_23 = _Bottleneck(w, w, hidden=2 * w, stride=2)
+        self.conv_3 = _residuals(w, hidden=2 * w, count=blocks[0])
+        self.conv_34 = _Bottleneck(w, 2 * w, hidden=4 * w, stride=2)
+        self.conv_4 = _residuals(2 * w, hidden=4 * w, count=blocks[1])
+        self.conv_45 = _Bottleneck(2 * w, 2 * w, hidden=8 * w, stride=2)
+        self.conv_5 = _residuals(2 * w, hidden=4 * w, count=blocks[2])
+        self.conv_6_sep = _conv(2 * w, 8 * w)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """The three maps, fine to coarse."""
@@ -78,13 +86,16 @@ def resized(x: Tensor, size: int) -> Tensor:
 
 
 class LandmarkStream(nn.Module):
-    """MobileFaceNet fed as it was trained: the image's normalisation undone, 112 pixels.
+    """MobileFaceNet fed as it was trained: the image's normalisation undone, 112 pixels unless told otherwise.
 
     Args:
         mean: Normalisation of the images that will arrive.
         std: The same.
         checkpoint: A checkpoint of cunjian/pytorch_face_landmark's MobileFaceNet. With it the stream is frozen, its
             batch norms included; without it the stream starts from random weights and is trained.
+        width: Of `MobileFaceNet`; a checkpoint has the usual one.
+        blocks: Likewise.
+        size: Pixels a side it sees the image at; its maps are a 4th, an 8th and a 16th of that.
 
     Raises:
         UserError: The checkpoint is missing or of another network.
@@ -93,11 +104,19 @@ class LandmarkStream(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: list[float], std: list[float], checkpoint: str | None) -> None:
+    def __init__(
+        self,
+        mean: list[float],
+        std: list[float],
+        checkpoint: str | None,
+        width: int = WIDTH,
+        blocks: Sequence[int] = BLOCKS,
+        size: int = INPUT_SIZE,
+    ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.network = MobileFaceNet()
+        self.network, self.size = MobileFaceNet(width, blocks), size
         self.frozen = checkpoint is not None
         self.weights = "random, trained" if checkpoint is None else f"{Path(checkpoint).name}, frozen"
         if checkpoint is not None:
@@ -110,7 +129,7 @@ class LandmarkStream(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised -> the three maps of `MobileFaceNet`."""
-        maps: list[Tensor] = self.network(resized(image * self.std + self.mean, INPUT_SIZE))
+        maps: list[Tensor] = self.network(resized(image * self.std + self.mean, self.size))
         return maps
 
 

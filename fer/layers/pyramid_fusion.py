@@ -6,10 +6,18 @@ from torch import Tensor, nn
 
 from fer.layers.window_attention import WindowCrossBlock
 
-LEVELS = (64, 128, 256)  # channels of the image maps
-GRIDS = (28, 14, 7)  # and their sides
 HEADS = (2, 4, 8)
 DROP_PATHS = (0.0, 0.125, 0.25)
+
+
+def level_channels(width: int) -> tuple[int, int, int]:
+    """Channels of the maps, fine to coarse."""
+    return width, 2 * width, 4 * width
+
+
+def level_sides(grid: int) -> tuple[int, int, int]:
+    """Their sides."""
+    return 4 * grid, 2 * grid, grid
 
 
 class SqueezeExcite(nn.Module):
@@ -33,26 +41,29 @@ class PyramidFusion(nn.Module):
     """Window cross-attention on each level, tokens of all levels, a small transformer, a gated class token.
 
     Args:
-        windows: Side of the attention windows on the 28, 14 and 7 maps.
+        windows: Side of the attention windows on each map.
         dim: Of the tokens.
         depth: Transformer layers.
+        width: Channels of the finest maps, 64 in the paper; doubled from level to level.
+        grid: Side of the coarsest maps, 7 in the paper; doubled from level to level.
     """
 
-    def __init__(self, windows: list[int], dim: int, depth: int) -> None:
+    def __init__(self, windows: list[int], dim: int, depth: int, width: int, grid: int) -> None:
         super().__init__()
+        levels = level_channels(width)
         self.cross = nn.ModuleList(
             WindowCrossBlock(channels, heads, window, drop_path)
-            for channels, heads, window, drop_path in zip(LEVELS, HEADS, windows, DROP_PATHS, strict=True)
+            for channels, heads, window, drop_path in zip(levels, HEADS, windows, DROP_PATHS, strict=True)
         )
         self.tokens = nn.ModuleList(
             [
-                nn.Sequential(_halve(LEVELS[0], dim), _halve(dim, dim)),
-                _halve(LEVELS[1], dim),
-                nn.Conv2d(LEVELS[2], dim, 1),
+                nn.Sequential(_halve(levels[0], dim), _halve(dim, dim)),
+                _halve(levels[1], dim),
+                nn.Conv2d(levels[2], dim, 1),
             ]
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.position = nn.Parameter(torch.empty(1, 1 + len(GRIDS) * GRIDS[-1] ** 2, dim))
+        self.position = nn.Parameter(torch.empty(1, 1 + len(levels) * grid**2, dim))
         nn.init.trunc_normal_(self.position, std=0.02)
         self.blocks = nn.Sequential(*(Block(dim, num_heads=8, qkv_bias=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
@@ -62,7 +73,7 @@ class PyramidFusion(nn.Module):
         """Fuse two pyramids.
 
         Args:
-            image: Maps (B, 64, 28, 28), (B, 128, 14, 14), (B, 256, 7, 7).
+            image: Maps (B, 64, 28, 28), (B, 128, 14, 14), (B, 256, 7, 7) at the paper's width and grid.
             landmarks: The queries, of the same shapes; None asks with the image itself.
 
         Returns:

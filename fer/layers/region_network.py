@@ -1,5 +1,6 @@
 """The multi-scale region network: backbone, pyramid, detector, three scales, classifier (Zhang et al. 2022)."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class MultiscaleRegionNetwork(nn.Module):
         num_classes: Size of the output.
         image_size: Side of the image, a multiple of 32.
         detector: Find regions; without it the whole image alone is described.
+        scales: Which of ``organs``, ``face`` and ``whole`` the description is made of, when there is a detector.
         width: Channels of the pyramid.
         anchor: Side in pixels of the smallest square anchor.
         proposals: Boxes the region head judges.
@@ -36,6 +38,7 @@ class MultiscaleRegionNetwork(nn.Module):
         num_classes: int,
         image_size: int,
         detector: bool,
+        scales: Collection[str],
         width: int,
         anchor: float,
         proposals: int,
@@ -49,14 +52,18 @@ class MultiscaleRegionNetwork(nn.Module):
         self.pyramid = FeaturePyramid(backbone.feature_info.channels(), width, finest_only=not detector)
         self.image_size, self.score, self.detector = image_size, score, detector
         self.organ_crop, self.face_crop = organ_crop, face_crop
-        self.whole = ResidualBlock(width)
+        self.scales = scales if detector else ("whole",)
+        if "whole" in self.scales:
+            self.whole = ResidualBlock(width)
+        if "organs" in self.scales:
+            self.organ = nn.Sequential(nn.Conv2d(width, width, 1), ResidualBlock(width))
+        if "face" in self.scales:
+            self.face = nn.Sequential(nn.Conv2d(width, width, 1), ResidualBlock(width))
         if detector:
             self.proposals = RegionProposals(width, image_size, anchor, proposals)
             self.head = RegionHead(width, classes=len(KINDS))
-            self.organ = nn.Sequential(nn.Conv2d(width, width, 1), ResidualBlock(width))
-            self.face = nn.Sequential(nn.Conv2d(width, width, 1), ResidualBlock(width))
             self.register_buffer("kinds", torch.tensor(REGIONS), persistent=False)
-        described = len(REGIONS) + 1 if detector else 1
+        described = sum(len(REGIONS) - 1 if scale == "organs" else 1 for scale in self.scales)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(described * width, num_classes))
 
     def forward_maps(self, image: Tensor) -> list[Tensor]:
@@ -77,7 +84,7 @@ class MultiscaleRegionNetwork(nn.Module):
         return regions_of(face, found, judged, self.score, self.image_size)
 
     def describe(self, maps: list[Tensor], regions: Regions | None, image: Tensor | None = None) -> Tensor:
-        """Organs, face and whole image from P3: (N, 6 * width), zeros for an organ that is missing.
+        """Organs, face and whole image from P3: (N, 6 * width) of all, zeros for an organ that is missing.
 
         Args:
             maps: P3 to P7 of B images.
@@ -85,13 +92,17 @@ class MultiscaleRegionNetwork(nn.Module):
             image: (N,) image of each face looked at; None where each image has one, in order.
         """
         fine = maps[0]
-        whole: Tensor = self.whole(fine).mean((2, 3))
-        if regions is None:
-            return whole
-        organs = self.organ(crop(fine, regions.boxes[:, 1:], STRIDES[0], self.organ_crop, image)).mean((2, 3))
-        organs = organs.view(regions.boxes.shape[0], len(REGIONS) - 1, -1) * regions.present[:, 1:, None]
-        face = self.face(crop(fine, regions.boxes[:, :1], STRIDES[0], self.face_crop, image)).mean((2, 3))
-        return torch.cat([organs.flatten(1), face, whole if image is None else whole[image]], dim=1)
+        parts = []
+        if regions is not None and "organs" in self.scales:
+            organs = self.organ(crop(fine, regions.boxes[:, 1:], STRIDES[0], self.organ_crop, image)).mean((2, 3))
+            organs = organs.view(regions.boxes.shape[0], len(REGIONS) - 1, -1) * regions.present[:, 1:, None]
+            parts.append(organs.flatten(1))
+        if regions is not None and "face" in self.scales:
+            parts.append(self.face(crop(fine, regions.boxes[:, :1], STRIDES[0], self.face_crop, image)).mean((2, 3)))
+        if "whole" in self.scales:
+            whole: Tensor = self.whole(fine).mean((2, 3))
+            parts.append(whole if image is None else whole[image])
+        return torch.cat(parts, dim=1)
 
     def forward_features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 6 * width), with regions as detected."""

@@ -49,10 +49,19 @@ class ResidualScoreBlock(nn.Module):
 
 
 class ResidualScoreEncoder(nn.Module):
-    """A stack of blocks and a last norm: (B, N, D) -> (B, N, D)."""
+    """A stack of blocks and a last norm: (B, N, D) -> (B, N, D).
 
-    def __init__(self, dim: int, depth: int, heads: int, mlp_ratio: float) -> None:
+    Args:
+        dim: D.
+        depth: Blocks.
+        heads: Of the attention.
+        mlp_ratio: Hidden over token width of the perceptrons.
+        carry: Hand the scores from block to block; without it a block is the plain transformer's.
+    """
+
+    def __init__(self, dim: int, depth: int, heads: int, mlp_ratio: float, carry: bool = True) -> None:
         super().__init__()
+        self.carry = carry
         self.blocks = nn.ModuleList(ResidualScoreBlock(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         for module in self.modules():
@@ -65,6 +74,6 @@ class ResidualScoreEncoder(nn.Module):
         """Encode (B, N, D) tokens."""
         scores = None
         for block in self.blocks:
-            tokens, scores = block(tokens, scores)
+            tokens, scores = block(tokens, scores if self.carry else None)
         result: Tensor = self.norm(tokens)
         return result

@@ -35,6 +35,7 @@ from fer.models.pretrained import timm_network
 log = logging.getLogger(__name__)
 
 CONSIDERED = 0.05  # probability of a region from which on it takes part in the scores of the detector
+SCALES = ("organs", "face", "whole")
 WHOLE = 0.9  # share of the image from which on a face is as good as the image
 ORACLE = "oracle regions: face and organs are where the data says, not where the network finds them"
 
@@ -68,6 +69,7 @@ class MultiscaleRegion(FaceDetector):
         rois: ``detector``: regions as found by the network itself; ``pseudo``: trained likewise, but evaluated on the
             known regions, which bounds what a better detector could give, and is stamped; ``none``: the whole image
             alone, which shows what the regions are worth.
+        scales: As in `MultiscaleRegionNetwork`.
         width: As in `MultiscaleRegionNetwork`, and so are the next six.
         anchor: Smallest anchor.
         proposals: Boxes judged.
@@ -82,8 +84,8 @@ class MultiscaleRegion(FaceDetector):
         options: See `DetectorOptions`.
 
     Raises:
-        UserError: ``rois`` is none of these, the image is not a multiple of 32 pixels, or faces are wanted without a
-            detector.
+        UserError: ``rois`` or ``scales`` is none of these, the image is not a multiple of 32 pixels, or faces are wanted
+            without a detector.
     """
 
     network: MultiscaleRegionNetwork
@@ -93,6 +95,7 @@ class MultiscaleRegion(FaceDetector):
         backbone: str,
         pretrained: bool,
         rois: Literal["detector", "pseudo", "none"],
+        scales: list[str],
         width: int,
         anchor: float,
         proposals: int,
@@ -109,6 +112,8 @@ class MultiscaleRegion(FaceDetector):
         super().__init__(**options)
         if rois not in ("detector", "pseudo", "none"):
             raise UserError(f"model.rois={rois} is not one of detector, pseudo, none")
+        if not scales or not set(scales) <= set(SCALES):
+            raise UserError(f"model.scales={list(scales)} must be some of {list(SCALES)}")
         if self.image_size % 32:
             raise UserError(
                 f"model=multiscale_region needs model.image_size to be a multiple of 32, got {self.image_size}"
@@ -121,6 +126,7 @@ class MultiscaleRegion(FaceDetector):
             self.num_classes,
             self.image_size,
             detector=rois != "none",
+            scales=scales,
             width=width,
             anchor=anchor,
             proposals=proposals,

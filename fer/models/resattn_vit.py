@@ -37,7 +37,8 @@ class ResAttnViTNetwork(nn.Module):
         encoder: (B, 1 + N, dim) -> (B, 1 + N, dim).
         num_classes: Size of the output.
         grid: Side of the map at a 16th of the image: 14 at 224 pixels.
-        branches: Local attention maps per level.
+        branches: Local attention maps per level; 0 leaves the residual attention out, its channel gate included.
+        ema: Put EMA attention on the fused map.
         residual: X * (1 + M) instead of X * M.
         mad_p: Multi-attention dropping, see `LocalAttention`.
         width: Channels of the fused map.
@@ -56,6 +57,7 @@ class ResAttnViTNetwork(nn.Module):
         num_classes: int,
         grid: int,
         branches: int,
+        ema: bool,
         residual: bool,
         mad_p: float,
         width: int,
@@ -66,13 +68,15 @@ class ResAttnViTNetwork(nn.Module):
         super().__init__()
         self.backbone = backbone
         fine, coarse = backbone.feature_info.channels()
-        self.fine_attention = ResidualAttention(fine, branches, residual, mad_p)
-        self.coarse_attention = ResidualAttention(coarse, branches, residual, mad_p)
+        self.fine_attention, self.coarse_attention = (
+            ResidualAttention(channels, branches, residual, mad_p) if branches else nn.Identity()
+            for channels in (fine, coarse)
+        )
         self.lateral = nn.Conv2d(fine, width, 1)
         self.deconvolution = nn.Sequential(
             nn.Conv2d(coarse, width, 1), nn.ConvTranspose2d(width, width, kernel_size=4, stride=2, padding=1)
         )
-        self.ema = EMAttention(width)
+        self.ema = EMAttention(width) if ema else nn.Identity()
         self.conv = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(dropout[0])
         )
@@ -122,9 +126,11 @@ class ResAttnViT(FaceDetector):
     Args:
         backbone: Any timm network with maps at a 16th and a 32nd of the image.
         pretrained: Start from published weights where there are any.
-        encoder: ``residual``: ``depth`` layers with carried scores, random weights; ``vit_b8``: the first eight blocks
-            of timm's ViT-Base, whose own shape and weights replace ``dim``, ``depth``, ``heads`` and ``mlp_ratio``.
-        branches: As in `ResAttnViTNetwork`, and so are the next five.
+        encoder: ``residual``: ``depth`` layers with carried scores, random weights; ``plain``: the same layers, each
+            with scores of its own; ``vit_b8``: the first eight blocks of timm's ViT-Base, whose own shape and weights
+            replace ``dim``, ``depth``, ``heads`` and ``mlp_ratio``.
+        branches: As in `ResAttnViTNetwork`, and so are the next six.
+        ema: EMA attention.
         residual: Form of the local attention.
         mad_p: Multi-attention dropping.
         width: Channels of the fused map.
@@ -154,8 +160,9 @@ class ResAttnViT(FaceDetector):
         self,
         backbone: str,
         pretrained: bool,
-        encoder: Literal["residual", "vit_b8"],
+        encoder: Literal["residual", "plain", "vit_b8"],
         branches: int,
+        ema: bool,
         residual: bool,
         mad_p: float,
         width: int,
@@ -183,7 +190,7 @@ class ResAttnViT(FaceDetector):
             layers: nn.Module = nn.Sequential(*vit.blocks[:VIT_BLOCKS], nn.LayerNorm(VIT_DIM, eps=1e-6))
             self.weights, dim = f"{self.weights} + {source}", VIT_DIM
         else:
-            layers = ResidualScoreEncoder(dim, depth, heads, mlp_ratio)
+            layers = ResidualScoreEncoder(dim, depth, heads, mlp_ratio, carry=encoder == "residual")
         grid = self.image_size // 16
         self.detection_loss, self.duplicate_iou, self.max_faces = detection_loss, duplicate_iou, max_faces
         self.network = ResAttnViTNetwork(
@@ -192,6 +199,7 @@ class ResAttnViT(FaceDetector):
             self.num_classes,
             grid=grid,
             branches=branches,
+            ema=ema,
             residual=residual,
             mad_p=mad_p,
             width=width,

@@ -12,30 +12,36 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from fer.errors import UserError
-from fer.layers import mobilefacenet
 from fer.layers.mobilefacenet import LandmarkStream, resized
-from fer.layers.pyramid_fusion import GRIDS, LEVELS, PyramidFusion
+from fer.layers.pyramid_fusion import PyramidFusion, level_channels, level_sides
 from fer.models.base import ExpressionModule, ModuleOptions
 from fer.models.optim import layer_decay_groups
 from fer.models.pretrained import timm_network
 
 
 class TransformerPyramid(nn.Module):
-    """Levels of a timm vision transformer: the patches after each third of its blocks, resized to the level's grid."""
+    """Levels of a timm vision transformer: the patches after each third of its blocks, resized to the level's grid.
 
-    def __init__(self, backbone: Any) -> None:
+    Args:
+        backbone: The transformer.
+        width: As in `PyramidFusion`.
+        grid: Likewise.
+    """
+
+    def __init__(self, backbone: Any, width: int, grid: int) -> None:
         super().__init__()
         self.backbone = backbone
         blocks = len(backbone.blocks)
         self.taps = [blocks * third // 3 - 1 for third in (1, 2, 3)]
-        self.reduce = nn.ModuleList(nn.Conv2d(backbone.embed_dim, channels, 1) for channels in LEVELS)
-        self.smooth = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for channels in LEVELS)
+        levels, self.sides = level_channels(width), level_sides(grid)
+        self.reduce = nn.ModuleList(nn.Conv2d(backbone.embed_dim, channels, 1) for channels in levels)
+        self.smooth = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for channels in levels)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> (B, 64, 28, 28), (B, 128, 14, 14), (B, 256, 7, 7)."""
         maps = self.backbone.forward_intermediates(image, indices=self.taps, norm=True, intermediates_only=True)
-        levels = zip(maps, self.reduce, self.smooth, GRIDS, strict=True)
-        return [smooth(resized(reduce(x), grid)) for x, reduce, smooth, grid in levels]
+        levels = zip(maps, self.reduce, self.smooth, self.sides, strict=True)
+        return [smooth(resized(reduce(x), side)) for x, reduce, smooth, side in levels]
 
 
 class TwoStreamNetwork(nn.Module):
@@ -45,9 +51,11 @@ class TwoStreamNetwork(nn.Module):
         pyramid: (B, 3, H, W) -> (B, 64, 28, 28), (B, 128, 14, 14), (B, 256, 7, 7).
         landmarks: The landmark stream, or None to query the image with itself.
         num_classes: Size of the output.
-        windows: As in `PyramidFusion`, and so are the next two.
+        windows: As in `PyramidFusion`, and so are the next four.
         dim: Of the tokens.
         depth: Transformer layers.
+        width: Of the pyramids.
+        grid: Likewise.
     """
 
     def __init__(
@@ -58,13 +66,15 @@ class TwoStreamNetwork(nn.Module):
         windows: list[int],
         dim: int,
         depth: int,
+        width: int,
+        grid: int,
     ) -> None:
         super().__init__()
         self.pyramid = pyramid
         self.landmarks = landmarks
         if landmarks is not None:
-            self.landmark_last = nn.Conv2d(mobilefacenet.CHANNELS[-1], LEVELS[-1], 3, padding=1)
-        self.fusion = PyramidFusion(windows, dim, depth)
+            self.landmark_last = nn.Conv2d(8 * width, 4 * width, 3, padding=1)
+        self.fusion = PyramidFusion(windows, dim, depth, width, grid)
         self.classifier = nn.Linear(dim, num_classes)
 
     def landmark_pyramid(self, image: Tensor) -> list[Tensor] | None:
@@ -85,14 +95,17 @@ class TwoStreamNetwork(nn.Module):
         return logits
 
 
-def check_windows(windows: list[int]) -> None:
+def check_windows(windows: list[int], grid: int) -> None:
     """Refuse windows that do not divide the maps.
 
     Raises:
         UserError: Not three windows, or one that does not divide its map.
     """
-    if len(windows) != len(GRIDS) or any(grid % window for grid, window in zip(GRIDS, windows, strict=True)):
-        raise UserError(f"model.windows={windows} must be three sides dividing {list(GRIDS)}: use [7,7,7] or [28,14,7]")
+    sides = list(level_sides(grid))
+    if len(windows) != len(sides) or any(side % window for side, window in zip(sides, windows, strict=True)):
+        raise UserError(
+            f"model.windows={windows} must be three sides dividing {sides}: use [{grid},{grid},{grid}] or {sides}"
+        )
 
 
 class PyramidModule(ExpressionModule):
@@ -123,9 +136,12 @@ class TwoStream(PyramidModule):
         pretrained: Start the backbone from timm's weights of that name.
         landmark: Query with landmark features; false queries the image with itself.
         landmark_ckpt: MobileFaceNet's checkpoint, see `LandmarkStream`; null trains the stream from random weights.
-        windows: As in `PyramidFusion`, and so are the next two.
+        landmark_blocks: Of `MobileFaceNet`.
+        windows: As in `PyramidFusion`, and so are the next four.
         dim: Of the fusion's tokens.
         depth: Of the fusion's transformer.
+        width: Of the pyramids and the landmark stream.
+        grid: Of the pyramids; the landmark stream sees 16 times as many pixels a side.
         drop_path: Stochastic depth of the backbone.
         backbone_lr: Learning rate of the backbone's last layer over the recipe's.
         layer_decay: Learning rate of a backbone layer over the next one's.
@@ -140,22 +156,27 @@ class TwoStream(PyramidModule):
         pretrained: bool,
         landmark: bool,
         landmark_ckpt: str | None,
+        landmark_blocks: list[int],
         windows: list[int],
         dim: int,
         depth: int,
+        width: int,
+        grid: int,
         drop_path: float,
         backbone_lr: float,
         layer_decay: float,
         **options: Unpack[ModuleOptions],
     ) -> None:
         super().__init__(**options)
-        check_windows(windows)
+        check_windows(windows, grid)
         settings = {"num_classes": 0, "img_size": self.image_size, "drop_path_rate": drop_path}
         vit, self.weights = timm_network(backbone, pretrained, settings)
-        stream = LandmarkStream(self.mean, self.std, landmark_ckpt) if landmark else None
-        if stream is not None:
+        stream = None
+        if landmark:
+            stream = LandmarkStream(self.mean, self.std, landmark_ckpt, width, landmark_blocks, 16 * grid)
             self.weights += f"; landmarks: {stream.weights}"
-        self.network = TwoStreamNetwork(TransformerPyramid(vit), stream, self.num_classes, windows, dim, depth)
+        pyramid = TransformerPyramid(vit, width, grid)
+        self.network = TwoStreamNetwork(pyramid, stream, self.num_classes, windows, dim, depth, width, grid)
         self.backbone_lr, self.layer_decay = backbone_lr, layer_decay
 
     def backbone_groups(self, backbone: nn.Module) -> list[dict[str, Any]]:
