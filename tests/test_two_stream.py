@@ -1,5 +1,7 @@
 """Two-stream network and POSTER++: counts, stages, windows against full attention, and a stream that stays frozen."""
 
+import hashlib
+
 import pytest
 import torch
 from model_builds import EIGHT, batch_of, build, cheap, images, neighbour_dependence, parameter_count
@@ -150,7 +152,8 @@ def test_landmark_stream_sees_the_pixels():
 
 def test_frozen_landmarks_stay(landmark_ckpt):
     module = cheap("two_stream", f"landmark_ckpt={landmark_ckpt}").train()
-    assert module.weights == "random; landmarks: mobilefacenet.tar, frozen"
+    checksum = hashlib.sha256(landmark_ckpt.read_bytes()).hexdigest()
+    assert module.weights == f"random; landmarks: mobilefacenet.tar sha256:{checksum}, frozen"
     before = {name: value.clone() for name, value in module.network.landmarks.state_dict().items()}
     torch.manual_seed(1)
     assert all(torch.equal(value, before[f"network.{name}"]) for name, value in MobileFaceNet().state_dict().items())
@@ -182,7 +185,8 @@ def test_ir50_checkpoint(tmp_path):
     published = IR50([1, 1, 1])
     torch.save({**published.state_dict(), "output_layer.0.weight": torch.zeros(512)}, tmp_path / "ir50.pth")
     module = cheap("posterpp", f"backbone_ckpt={tmp_path / 'ir50.pth'}")
-    assert module.weights == "ir50.pth; landmarks: random, trained"
+    checksum = hashlib.sha256((tmp_path / "ir50.pth").read_bytes()).hexdigest()
+    assert module.weights == f"ir50.pth sha256:{checksum}; landmarks: random, trained"
     x = images(1, 112)
     with torch.inference_mode():
         got = module.network.pyramid.backbone.eval()(x)

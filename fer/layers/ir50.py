@@ -4,12 +4,10 @@ POSTER and POSTER++ take it, pre-trained on faces, as their image network. Modul
 ports, so that their checkpoints fit.
 """
 
-from pathlib import Path
-
-import torch
 from torch import Tensor, nn
 
 from fer.errors import UserError
+from fer.weights import read_weights
 
 WIDTH = 64  # channels of the first stage; each further stage doubles them
 
@@ -64,22 +62,26 @@ class IR50(nn.Module):
         return [fine, middle, self.body3(middle)]
 
 
-def load_ir50(network: IR50, path: Path) -> None:
+def load_ir50(network: IR50, checkpoint: str) -> str:
     """Load a public IR-50 checkpoint; its later stages and its head are not needed.
 
+    Args:
+        network: What to load it into.
+        checkpoint: The file, see `fer.weights.read_weights`.
+
+    Returns:
+        The file's name and checksum.
+
     Raises:
-        UserError: The file is missing or holds another network.
+        UserError: The file is missing, damaged, or holds another network.
     """
-    if not path.is_file():
-        raise UserError(
-            f"model.backbone_ckpt: there is no file {path}; model.backbone_ckpt=null starts from random weights"
-        )
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    weights = {name.removeprefix("module."): value for name, value in content.get("state_dict", content).items()}
-    missing = [name for name in network.state_dict() if name not in weights]
+    instead = "model.backbone_ckpt=null starts from random weights"
+    weights = read_weights(checkpoint, "model.backbone_ckpt", instead)
+    missing = [name for name in network.state_dict() if name not in weights.tensors]
     if missing:
         raise UserError(
-            f"model.backbone_ckpt: {path} is no IR-50, it lacks {missing[0]} and {len(missing) - 1} more; "
-            "model.backbone_ckpt=null starts from random weights"
+            f"model.backbone_ckpt: {weights.path} is no IR-50, it lacks {missing[0]} and {len(missing) - 1} more; "
+            f"{instead}"
         )
-    network.load_state_dict({name: weights[name] for name in network.state_dict()})
+    network.load_state_dict({name: weights.tensors[name] for name in network.state_dict()})
+    return weights.source

@@ -5,13 +5,13 @@ Its modules carry the names of cunjian/pytorch_face_landmark, so that a checkpoi
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fer.errors import UserError
+from fer.weights import read_weights
 
 INPUT_SIZE = 112
 WIDTH = 64  # channels of the map at 28x28
@@ -19,10 +19,17 @@ BLOCKS = (4, 6, 2)  # bottlenecks that keep the shape, of each map
 
 
 def _conv(
-    in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1, prelu: bool = True
+    in_channels: int,
+    out_channels: int,
+    kernel: int = 1,
+    stride: int = 1,
+    groups: int = 1,
+    prelu: bool = True,
+    pad: bool = True,
 ) -> nn.Sequential:
+    padding = kernel // 2 if pad else 0
     layers: dict[str, nn.Module] = OrderedDict(
-        conv=nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
+        conv=nn.Conv2d(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False),
         bn=nn.BatchNorm2d(out_channels),
     )
     if prelu:
@@ -79,6 +86,31 @@ class MobileFaceNet(nn.Module):
         return [fine, middle, coarse]
 
 
+class LandmarkNetwork(MobileFaceNet):
+    """The trunk with the head of cunjian/pytorch_face_landmark, for ``points`` landmarks.
+
+    The head: a depthwise 7x7 convolution over the whole map, a linear layer, a batch norm.
+    """
+
+    def __init__(self, points: int, width: int = WIDTH) -> None:
+        super().__init__(width)
+        self.points = points
+        layers: dict[str, nn.Module] = OrderedDict(
+            conv_6_dw=_conv(8 * width, 8 * width, kernel=7, groups=8 * width, prelu=False, pad=False),
+            flatten=nn.Flatten(),
+            linear=nn.Linear(8 * width, 2 * points, bias=False),
+            bn=nn.BatchNorm1d(2 * points),
+        )
+        self.output_layer = nn.Sequential(OrderedDict(layers))
+
+    def locate(self, image: Tensor) -> Tensor:
+        """(B, 3, 112, 112) in [0, 1] -> (B, points, 2) x, y as shares of the image's side, 0 and 1 its borders."""
+        coarse = self(image)[-1]
+        with torch.autocast(coarse.device.type, enabled=False):  # bf16 knows places to a third of a pixel only
+            places: Tensor = self.output_layer(coarse.float())
+        return places.view(-1, self.points, 2)
+
+
 def resized(x: Tensor, size: int) -> Tensor:
     """(B, C, H, W) at another side, bilinear and antialiased; never in bf16, which not every device has for this."""
     wide = x if x.dtype == torch.float64 else x.float()
@@ -91,8 +123,9 @@ class LandmarkStream(nn.Module):
     Args:
         mean: Normalisation of the images that will arrive.
         std: The same.
-        checkpoint: A checkpoint of cunjian/pytorch_face_landmark's MobileFaceNet. With it the stream is frozen, its
-            batch norms included; without it the stream starts from random weights and is trained.
+        checkpoint: A file of `fer.weights.read_weights`: of ``python -m fer.pretrain task=landmarks``, or of
+            cunjian/pytorch_face_landmark's MobileFaceNet. With it the stream is frozen, its batch norms included;
+            without it the stream starts from random weights and is trained.
         width: Of `MobileFaceNet`; a checkpoint has the usual one.
         blocks: Likewise.
         size: Pixels a side it sees the image at; its maps are a 4th, an 8th and a 16th of that.
@@ -118,9 +151,9 @@ class LandmarkStream(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.network, self.size = MobileFaceNet(width, blocks), size
         self.frozen = checkpoint is not None
-        self.weights = "random, trained" if checkpoint is None else f"{Path(checkpoint).name}, frozen"
+        self.weights = "random, trained"
         if checkpoint is not None:
-            _load(self.network, Path(checkpoint))
+            self.weights = f"{_load(self.network, checkpoint)}, frozen"
             self.network.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "LandmarkStream":
@@ -133,18 +166,16 @@ class LandmarkStream(nn.Module):
         return maps
 
 
-def _load(network: MobileFaceNet, path: Path) -> None:
-    if not path.is_file():
-        raise UserError(
-            f"model.landmark_ckpt: there is no file {path}; model.landmark_ckpt=null trains the stream instead"
-        )
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    weights = {name.removeprefix("module."): value for name, value in content.get("state_dict", content).items()}
-    weights = {name: value for name, value in weights.items() if not name.startswith("output_layer")}
+def _load(network: MobileFaceNet, checkpoint: str) -> str:
+    """Load the trunk and tell the file's name and checksum."""
+    instead = "model.landmark_ckpt=null trains the stream instead"
+    weights = read_weights(checkpoint, "model.landmark_ckpt", instead)
+    trunk = {name: value for name, value in weights.tensors.items() if not name.startswith("output_layer")}
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict(trunk)
     except RuntimeError as error:
         raise UserError(
-            f"model.landmark_ckpt: {path} does not hold the MobileFaceNet of cunjian/pytorch_face_landmark "
-            f"({str(error).splitlines()[-1].strip()}); model.landmark_ckpt=null trains the stream instead"
+            f"model.landmark_ckpt: {weights.path} does not hold the MobileFaceNet of cunjian/pytorch_face_landmark "
+            f"({str(error).splitlines()[-1].strip()}); {instead}"
         ) from None
+    return weights.source

@@ -65,7 +65,7 @@ class MultiscaleRegion(FaceDetector):
 
     Args:
         backbone: Any timm network with maps at an 8th, a 16th and a 32nd of the image.
-        pretrained: Start from published weights.
+        pretrained: Start from published weights, or from a file's, see `timm_network`.
         rois: ``detector``: regions as found by the network itself; ``pseudo``: trained likewise, but evaluated on the
             known regions, which bounds what a better detector could give, and is stamped; ``none``: the whole image
             alone, which shows what the regions are worth.
@@ -93,7 +93,7 @@ class MultiscaleRegion(FaceDetector):
     def __init__(
         self,
         backbone: str,
-        pretrained: bool,
+        pretrained: bool | str,
         rois: Literal["detector", "pseudo", "none"],
         scales: list[str],
         width: int,

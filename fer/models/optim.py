@@ -180,7 +180,8 @@ def steps_per_epoch(trainer: Any) -> int:
     batches: int = trainer.datamodule.train_batches()
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    return max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    steps: int = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    return steps
 
 
 def _as_groups(

@@ -5,7 +5,6 @@ IR-50 from face recognition (MS-Celeb-1M, since withdrawn) make most of its publ
 43,754,710 parameters at 8 classes.
 """
 
-from pathlib import Path
 from typing import Any, Unpack
 
 from torch import Tensor, nn
@@ -46,8 +45,8 @@ class PosterPP(PyramidModule):
     Args:
         blocks: Of each stage of IR-50.
         landmark: Query with landmark features; false queries the image with itself.
-        backbone_ckpt: A public IR-50 checkpoint; null starts from random weights.
-        landmark_ckpt: MobileFaceNet's checkpoint, see `LandmarkStream`; null trains the stream from random weights.
+        backbone_ckpt: A public IR-50 checkpoint, see `load_ir50`; null starts from random weights.
+        landmark_ckpt: MobileFaceNet's file, see `LandmarkStream`; null trains the stream from random weights.
         landmark_blocks: Of `MobileFaceNet`.
         windows: As in `PyramidFusion`, and so are the next four.
         dim: Of the fusion's tokens.
@@ -81,8 +80,7 @@ class PosterPP(PyramidModule):
         if backbone_ckpt is not None:
             if width != ir50.WIDTH:
                 raise UserError(f"model.backbone_ckpt is an IR-50 of width {ir50.WIDTH}: drop model.width={width}")
-            load_ir50(backbone, Path(backbone_ckpt))
-            self.weights = Path(backbone_ckpt).name
+            self.weights = load_ir50(backbone, backbone_ckpt)
         stream = None
         if landmark:
             stream = LandmarkStream(self.mean, self.std, landmark_ckpt, width, landmark_blocks, 16 * grid)

@@ -125,7 +125,7 @@ class ResAttnViT(FaceDetector):
 
     Args:
         backbone: Any timm network with maps at a 16th and a 32nd of the image.
-        pretrained: Start from published weights where there are any.
+        pretrained: Start from published weights where there are any, or from a file's, see `timm_network`.
         encoder: ``residual``: ``depth`` layers with carried scores, random weights; ``plain``: the same layers, each
             with scores of its own; ``vit_b8``: the first eight blocks of timm's ViT-Base, whose own shape and weights
             replace ``dim``, ``depth``, ``heads`` and ``mlp_ratio``.
@@ -159,7 +159,7 @@ class ResAttnViT(FaceDetector):
     def __init__(
         self,
         backbone: str,
-        pretrained: bool,
+        pretrained: bool | str,
         encoder: Literal["residual", "plain", "vit_b8"],
         branches: int,
         ema: bool,
@@ -186,7 +186,7 @@ class ResAttnViT(FaceDetector):
             raise UserError(f"model=resattn_vit needs model.image_size to be a multiple of 32, got {self.image_size}")
         local, self.weights = timm_network(backbone, pretrained, {"features_only": True, "out_indices": (-2, -1)})
         if encoder == "vit_b8":
-            vit, source = timm_network(VIT, pretrained, {"num_classes": 0})
+            vit, source = timm_network(VIT, bool(pretrained), {"num_classes": 0})
             layers: nn.Module = nn.Sequential(*vit.blocks[:VIT_BLOCKS], nn.LayerNorm(VIT_DIM, eps=1e-6))
             self.weights, dim = f"{self.weights} + {source}", VIT_DIM
         else:

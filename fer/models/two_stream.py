@@ -133,7 +133,7 @@ class TwoStream(PyramidModule):
 
     Args:
         backbone: Any timm vision transformer; DINOv2 in the paper.
-        pretrained: Start the backbone from timm's weights of that name.
+        pretrained: Start the backbone from timm's weights of that name, or from a file's, see `timm_network`.
         landmark: Query with landmark features; false queries the image with itself.
         landmark_ckpt: MobileFaceNet's checkpoint, see `LandmarkStream`; null trains the stream from random weights.
         landmark_blocks: Of `MobileFaceNet`.
@@ -153,7 +153,7 @@ class TwoStream(PyramidModule):
     def __init__(
         self,
         backbone: str,
-        pretrained: bool,
+        pretrained: bool | str,
         landmark: bool,
         landmark_ckpt: str | None,
         landmark_blocks: list[int],
