@@ -373,6 +373,22 @@ def test_folder_forms_and_names(tmp_path: Path) -> None:
     assert manifest("folder", tmp_path / "named").class_names == ("Bored", "angry", "happy")
 
 
+def test_folder_without_classes(tmp_path: Path) -> None:
+    for i in range(5):
+        fakes.save(tmp_path / "img_align_celeba" / f"{i:06d}.jpg", fakes.picture(0, i, colour=True))
+    for root in (tmp_path / "img_align_celeba", tmp_path):
+        found = manifest("folder", root, form="unlabelled")
+        assert found.class_names == ("unlabelled",)
+        assert len(found) == 5
+        assert (root / found.item[4]).name == "000004.jpg"
+        assert found.form == "images without classes"
+    assert manifest("folder", tmp_path / "img_align_celeba").class_names == ("unlabelled",)
+    # One folder of images is one class, and pictures beside class folders are no data.
+    assert manifest("folder", tmp_path).class_names == ("img_align_celeba",)
+    fakes.save(tmp_path / "cover.jpg", fakes.picture(0, 9))
+    assert len(manifest("folder", tmp_path)) == 5
+
+
 def test_folder_refuses_classes_beside_parts(tmp_path: Path) -> None:
     expected = fakes.write_folder(tmp_path, "parts")
     fakes.write_folder(tmp_path, "classes")

@@ -134,6 +134,17 @@ def test_landmarks_and_boxes_agree() -> None:
             assert ((inside >= (x - 1e-9, y - 1e-9)) & (inside <= (x + w + 1e-9, y + h + 1e-9))).all()
 
 
+def test_all_landmarks_or_five() -> None:
+    five, full = (build(train=4, val=0, test=0, landmarks=n).manifest().landmarks for n in (5, 68))
+    assert five is not None
+    assert full is not None
+    assert full.shape == (4, 68, 2)
+    np.testing.assert_allclose(full[:, 36:42].mean(1), five[:, 0], atol=1e-4)
+    np.testing.assert_array_equal(full[:, [30, 48, 54]], five[:, 2:])
+    with pytest.raises(UserError, match=r"data\.landmarks=98: expected 5 or 68"):
+        build(landmarks=98)
+
+
 def test_left_is_left_and_mirroring_swaps_the_landmarks() -> None:
     np.testing.assert_array_equal(MIRROR_68[MIRROR_68], np.arange(68))
     for index in range(40):

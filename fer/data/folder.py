@@ -1,7 +1,8 @@
-"""Your own images: a folder per class, with or without folders for the parts.
+"""Your own images: a folder per class, with or without folders for the parts; or without classes, for pre-training.
 
 root/happy/a.jpg                       no official split; the protocol makes one
 root/train/happy/a.jpg, root/test/...  the parts are taken as official
+root/a.jpg                             no classes: unlabelled faces, such as CelebA's img_align_celeba
 root/subjects.csv                      optional: path,subject (paths relative to the csv's folder)
 """
 
@@ -18,6 +19,7 @@ from fer.data.tables import Skipped, find_form, read_rows
 from fer.errors import UserError
 from fer.labels import canonical_all
 
+UNLABELLED = "unlabelled"
 _PARTS = {
     "train": "train",
     "training": "train",
@@ -26,6 +28,11 @@ _PARTS = {
     "validation": "val",
     "test": "test",
     "testing": "test",
+}
+_FORMS = {
+    "parts": "folders by part and class",
+    "classes": "one folder per class",
+    UNLABELLED: "images without classes",
 }
 
 
@@ -36,14 +43,16 @@ class Folder(ExpressionDataModule):
     stay as they are.
 
     Args:
-        form: ``auto``, ``parts`` (train/<class>, test/<class> ...) or ``classes`` (<class> directly).
+        form: ``auto``, ``parts`` (train/<class>, test/<class> ...), ``classes`` (<class> directly) or ``unlabelled``
+            (images directly, all of one class of that name).
         options: see `DataOptions`.
     """
 
     title = "folder of images"
     expected_tree = """\
 <class>/*.jpg                   one folder per class, no official split; or
-{train,val,test}/<class>/*.jpg  with the parts given
+{train,val,test}/<class>/*.jpg  with the parts given; or
+*.jpg                           no classes, for python -m fer.pretrain
 subjects.csv                    optional, with the columns path,subject"""
     request = "your own pictures"
 
@@ -53,28 +62,29 @@ subjects.csv                    optional, with the columns path,subject"""
         self.manifest_options = {"form": form}
 
     def manifest(self) -> Manifest:
-        """List the class folders.
+        """List the images.
 
         Raises:
-            UserError: no class folder has an image, or subjects.csv does not fit the images.
+            UserError: there are none, or subjects.csv does not fit them.
         """
         detectors = {
             "parts": lambda folder: any(_class_folders(path) for path, _ in _part_folders(folder)),
             "classes": lambda folder: bool(_class_folders(folder)),
+            UNLABELLED: lambda folder: (self.form == UNLABELLED or not _labelled(folder)) and _has_image(folder),
         }
         found = find_form(Path(self.root), self.form, detectors)
         if found is None:
-            raise self.missing("one folder per class with JPEG, PNG, WEBP or BMP files in it")
+            raise self.missing("JPEG, PNG, WEBP or BMP files, in one folder per class or by themselves")
         form, folder = found
         items, names, parts = [], [], []
         skipped: Skipped = []
         for directory, part in _part_folders(folder) if form == "parts" else [(folder, "")]:
-            for class_folder in _class_folders(directory):
-                prefix = class_folder.relative_to(self.root).as_posix()
+            for class_folder in [directory] if form == UNLABELLED else _class_folders(directory):
+                prefix = class_folder.relative_to(self.root)
                 files, left_out = list_images(class_folder)
-                skipped += [(f"{prefix}/{file}", reason) for file, reason in left_out]
-                items += [f"{prefix}/{file}" for file in files]
-                names += [class_folder.name] * len(files)
+                skipped += [((prefix / file).as_posix(), reason) for file, reason in left_out]
+                items += [(prefix / file).as_posix() for file in files]
+                names += [UNLABELLED if form == UNLABELLED else class_folder.name] * len(files)
                 parts += [part] * len(files)
         class_of = _class_names(set(names))
         class_names = tuple(sorted(set(class_of.values())))
@@ -85,7 +95,7 @@ subjects.csv                    optional, with the columns path,subject"""
             label=np.array([class_names.index(class_of[name]) for name in names], dtype=np.int64),
             class_names=class_names,
             split=np.array(parts, dtype=str),
-            form="folders by part and class" if form == "parts" else "one folder per class",
+            form=_FORMS[form],
             subject=self._subjects(folder, item),
             box=box,
             landmarks=landmarks,
@@ -124,7 +134,16 @@ def _part_folders(folder: Path) -> list[tuple[Path, str]]:
 
 def _class_folders(folder: Path) -> list[Path]:
     """Folders directly in ``folder`` that hold an image, but for those named as parts."""
-    return [path for path in subfolders(folder) if path.name.lower() not in _PARTS and list_images(path)[0]]
+    return [path for path in subfolders(folder) if path.name.lower() not in _PARTS and _has_image(path)]
+
+
+def _has_image(folder: Path) -> bool:
+    return bool(list_images(folder)[0])
+
+
+def _labelled(folder: Path) -> bool:
+    """Whether there are class folders, directly or by part."""
+    return bool(_class_folders(folder)) or any(_class_folders(path) for path, _ in _part_folders(folder))
 
 
 def _class_names(names: set[str]) -> dict[str, str]:

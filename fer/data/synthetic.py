@@ -55,6 +55,7 @@ class Synthetic(ExpressionDataModule):
         intensity: lowest and highest strength of the expressions, 0 to 1; neutral faces have 0.
         pose, light: spread of head pose and place, of light and camera: 0 none, 1 usual.
         occlusion: probability of a hand, a mask or an object before the face.
+        landmarks: 5, or 68 in iBUG's order.
         options: see `DataOptions`.
     """
 
@@ -78,13 +79,14 @@ class Synthetic(ExpressionDataModule):
         pose: float,
         light: float,
         occlusion: float,
+        landmarks: int,
         **options: Unpack[DataOptions],
     ) -> None:
         super().__init__(**options)
         self.sizes = {"train": train, "val": val, "test": test}
         self.subjects, self.image_seed = subjects, image_seed
         self.imbalance, self.label_noise, self.intensity = imbalance, label_noise, list(intensity)
-        self.pose, self.light, self.occlusion = pose, light, occlusion
+        self.pose, self.light, self.occlusion, self.landmarks = pose, light, occlusion, landmarks
         self.manifest_options = {
             "classes": classes,
             **self.sizes,
@@ -96,6 +98,7 @@ class Synthetic(ExpressionDataModule):
             "pose": pose,
             "light": light,
             "occlusion": occlusion,
+            "landmarks": landmarks,
         }
         check_drawing(self.manifest_options, store_size=self.store_size)
         self.expressions = CLASSES[classes]
@@ -108,9 +111,9 @@ class Synthetic(ExpressionDataModule):
         """Decide who shows what on every image and where it lies, without drawing."""
         plan = self._plan
         placed = [self._place(row) for row in range(len(plan.item))]
-        places = zip(*(annotations(p, self.store_size)[1:] for p in placed), strict=True)
+        places = zip(*(annotations(p, self.store_size) for p in placed), strict=True)
         middle = sum(self.intensity) / 2
-        five, box, organs = (np.stack(column).astype(np.float32) for column in places)
+        all_points, five, box, organs = (np.stack(column).astype(np.float32) for column in places)
         return Manifest(
             item=plan.item,
             label=plan.label,
@@ -119,7 +122,7 @@ class Synthetic(ExpressionDataModule):
             form="drawn",
             benchmark=False,
             subject=np.array([f"s{s:04d}" for s in plan.subject]),
-            landmarks=five,
+            landmarks=all_points if self.landmarks == 68 else five,
             box=box,
             organ_boxes=organs,
             attributes={
@@ -197,6 +200,7 @@ def check_drawing(own: dict[str, Any], store_size: int) -> None:
         ("intensity", own["intensity"] == sorted(own["intensity"]), _RANGE),
         *((part, 0 <= own[part] < PART_SIZE, "a number of images, 0 or more") for part in PARTS),
         ("train", any(own[part] for part in PARTS), "some images in train, val or test"),
+        *((key, own[key] in (5, 68), "5 or 68") for key in ("landmarks",) if key in own),
         *((key, 0 <= own[key] <= 1, "a share from 0 to 1") for key in ("label_noise", "occlusion") if key in own),
         *((key, 0 <= own[key] <= 1.5, "0 (none) to 1.5, usually 1") for key in ("pose", "light")),
     ]
