@@ -1,0 +1,1 @@
+"""Pre-training: backbones without labels, landmark networks; each ends in a file of weights that the models take."""
