@@ -1,59 +1,18 @@
 """The W&B logger: online with credentials and a reachable server, offline otherwise, decided before any wait."""
 
 import logging
-import netrc
 import os
-import socket
-import threading
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 
 from fer.reporting.aggregate import title
 from fer.reporting.figures import confusion_figure
+from fer.wandb_server import choose_mode
 
 log = logging.getLogger(__name__)
-PROBE_SECONDS = 1.5
-
-
-def has_credentials(host: str) -> bool:
-    """Whether an API key is at hand: the environment's, or one for this host in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-
-
-def reachable(host: str, port: int, seconds: float = PROBE_SECONDS) -> bool:
-    """Whether a TCP connection opens in time; name resolution, which has no time limit of its own, included."""
-    answer: list[bool] = []
-
-    def probe() -> None:
-        try:
-            socket.create_connection((host, port), timeout=seconds).close()
-            answer.append(True)
-        except OSError:
-            answer.append(False)
-
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answer and answer[0])
-
-
-def choose_mode() -> str:
-    """``online`` or ``offline`` (or ``disabled``, where WANDB_MODE says so)."""
-    asked = os.environ.get("WANDB_MODE")
-    if asked:
-        return asked
-    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    host, port = url.hostname or "api.wandb.ai", url.port or (80 if url.scheme == "http" else 443)
-    return "online" if has_credentials(host) and reachable(host, port) else "offline"
 
 
 def _mode(asked: str) -> Any:
@@ -68,7 +27,7 @@ class Wandb(WandbLogger):
         group: runs that belong together: a sweep, or all runs of one data set and model.
         job_type: ``train``, ``fold``, ``eval`` or ``summary``.
         tags: words to filter by.
-        mode: ``auto`` (see `choose_mode`), ``online`` or ``offline``.
+        mode: ``auto`` (see `fer.wandb_server.choose_mode`), ``online`` or ``offline``.
         run_id: the run's id, the same again after a resume.
         name: the run's name.
         save_dir: the run folder.
@@ -105,13 +64,14 @@ class Wandb(WandbLogger):
         self._wandb_init.pop("anonymous", None)
 
 
-def log_summary(node: Any, folder: Path, run_id: str, command: str, record: dict[str, Any]) -> None:
+def log_summary(node: Any, folder: Path, run_id: str, kind: str, command: str, record: dict[str, Any]) -> None:
     """One run that says what a sweep amounts to, in the sweep's group beside its jobs' runs.
 
     Args:
         node: the logger's config (``conf/logger/wandb.yaml``).
         folder: the sweep's folder, whose name is the group.
         run_id: the summary's id, the same again when the sweep is repeated.
+        kind: the option of ``sweep=``, a word to filter by.
         command: the sweep's command.
         record: what `fer.reporting.aggregate.aggregate` returned.
     """
@@ -125,7 +85,7 @@ def log_summary(node: Any, folder: Path, run_id: str, command: str, record: dict
         group=folder.name,
         job_type="summary",
         name=f"{folder.name}-summary",
-        tags=[*sorted(names), folder.name.rpartition("-")[0]],
+        tags=[*sorted(names), kind],
         id=run_id,
         resume="allow",
         mode=_mode(node.mode),
@@ -147,23 +107,25 @@ def log_summary(node: Any, folder: Path, run_id: str, command: str, record: dict
 def _summary_content(record: dict[str, Any], wandb: Any) -> dict[str, Any]:
     """The table of groups, the table of their runs, and each group's summed confusion matrix."""
     metrics = ("test/acc", "test/mean_acc", "test/macro_f1", "val/mean_acc")
-    groups = wandb.Table(
-        columns=["group", "n", *(f"{m} {what}" for m in metrics for what in ("mean", "std", "low", "high"))]
-    )
+    moments = [f"{metric} {what}" for metric in metrics for what in ("mean", "std", "low", "high")]
+    groups = wandb.Table(columns=["group", "n", *moments, "confusion", "stamps"])
     runs = wandb.Table(columns=["group", "run", *metrics])
     content: dict[str, Any] = {"groups": groups, "runs": runs}
     for group in record["groups"]:
         if not group["mean"]:
             continue
-        moments = ((group["mean"][m], group["std"][m], *group["interval"][m]) for m in metrics)
-        groups.add_data(title(group), group["n"], *(value for four in moments for value in four))
+        counts = np.asarray(group["confusion"])
+        picture = confusion_figure(
+            counts, group["classes"], f"{title(group)}: {counts.sum()} held-out predictions", group["stamps"]
+        )
+        four = ((group["mean"][m], group["std"][m], *group["interval"][m]) for m in metrics)
+        figures = [value for of_metric in four for value in of_metric]
+        groups.add_data(title(group), group["n"], *figures, wandb.Image(picture), "; ".join(group["stamps"]))
         for i, name in enumerate(group["runs"]):
             runs.add_data(title(group), name, *(group["values"][m][i] for m in metrics))
         place = f"{title(group)}/" if len(record["groups"]) > 1 else ""
-        counts = np.asarray(group["confusion"])
         label, predicted = np.nonzero(counts)
         repeats = counts[label, predicted]
-        picture = confusion_figure(counts, group["classes"], f"{title(group)}: {counts.sum()} held-out predictions", [])
         content[f"{place}test/confusion_image"] = wandb.Image(picture)
         content[f"{place}test/confusion"] = wandb.plot.confusion_matrix(
             y_true=np.repeat(label, repeats).tolist(),

@@ -17,12 +17,14 @@ import socket
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path, get_args_parser
@@ -116,8 +118,13 @@ def _folder(config: DictConfig, axes: list[str]) -> Path:
     # More trials go on where fewer ended, and the parameters are among the axes.
     sweeper = {key: value for key, value in plain.pop("hydra")["sweeper"].items() if key not in ("params", "n_trials")}
     digest = hashlib.sha256((without_paths(plain) + json.dumps([axes, sweeper], sort_keys=True)).encode())
-    name = f"{config.hydra.runtime.choices.sweep or 'sweep'}-{digest.hexdigest()[:8]}"
+    name = f"{_kind(config.hydra)}-{digest.hexdigest()[:8]}"
     return Path(config.hydra.sweep.dir).absolute() / name
+
+
+def _kind(hydra: Any) -> str:
+    """``cv5``: the option of ``sweep=``, or ``sweep`` for one of the command line's own."""
+    return str(hydra.runtime.choices.sweep or "sweep")
 
 
 # -- one job ----------------------------------------------------------------------------------------------------------
@@ -151,12 +158,13 @@ def job(config: DictConfig) -> float | None:
     hydra: Any = HydraConfig.get()
     os.chdir(hydra.runtime.cwd)  # Ray's workers may start elsewhere
     folder = RunFolder(Path(hydra.runtime.output_dir))
-    config.run_name = f"{config.name}-{folder.path.name}"
+    config.run_name = f"{config.name}-{folder.path.name}"[:128]  # W&B takes no longer one
     config.job_type = "fold" if "fold" in config.protocol else "run"
-    config.tags = [*config.tags, hydra.runtime.choices.sweep or "sweep"]
+    config.tags = [*config.tags, _kind(hydra)]
     outcome, error, value = "failed", None, math.nan
     try:
-        outcome, value = _run(config, folder, hydra)
+        with alone(folder.path):
+            outcome, value = _run(config, folder, hydra)
     except Exception as problem:
         mistake = user_mistake(problem)
         error = str(mistake or f"{type(problem).__name__}: {problem}")
@@ -169,6 +177,22 @@ def job(config: DictConfig) -> float | None:
             folder.outcome, {"outcome": outcome, "error": error, "host": socket.gethostname(), "pid": os.getpid()}
         )
     return value if error is None or hydra.sweeper._target_ == GRID else None
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is at work in a folder: a job may outlive the command that started it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")  # let go by the system when its process ends, however that ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("waiting for the process that is at work in %s", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _run(config: DictConfig, folder: RunFolder, hydra: Any) -> tuple[str, float]:
@@ -258,7 +282,8 @@ def _conclude(sweep: Plan, config: DictConfig, outcomes: Counter[str], before: s
         for node in (config.logger or {}).values():
             from fer.loggers import log_summary
 
-            log_summary(node, sweep.folder, read_json(sweep.folder / "sweep.json")["wandb_id"], sweep.command, record)
+            run_id = read_json(sweep.folder / "sweep.json")["wandb_id"]
+            log_summary(node, sweep.folder, run_id, _kind(config.hydra), sweep.command, record)
     problems = failures(record)
     for line in problems:
         print(f"error: {line}", file=sys.stderr)

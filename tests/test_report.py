@@ -54,8 +54,10 @@ def write_house(root: Path) -> None:
         write_run(root / "cv" / str(fold), words=FOLDS, fold=fold, accuracy=0.75)
     write_run(root / "cv" / "seed1-0", words=FOLDS, fold=0, seed=1, status="failed", error=f"UserError: {HOSTILE}")
     write_run(root / "paper", words=RAFDB, data="rafdb", model="convcut", accuracy=0.8)
-    jobs = {"0": ["protocol.fold=0"], "9": ["model=vit", "protocol.fold=9"]}
+    jobs = {"0": ["protocol.fold=0"], "8": ["protocol.fold=8"], "9": ["model=vit", "protocol.fold=9"]}
     write_json(root / "cv" / "sweep.json", {"jobs": jobs})
+    (root / "cv" / "8").mkdir()
+    write_json(root / "cv" / "8" / "outcome.json", {"outcome": "failed", "error": "no such fold"})
     broken = write_run(root / "broken", model="vit")
     (broken / "predictions.csv").write_text((broken / "predictions.csv").read_text().replace(",fear,", ",joy,"))
 
@@ -174,6 +176,7 @@ def test_failed_unfinished_and_missing_runs_are_named(house: tuple[Path, Path]) 
     missing = set(absent[absent["status"] == "missing"]["reason"])
     assert missing >= {"seed 0: fold 2 never started", "seed 1: fold 1, 2 never started"}
     assert lines["cv/9", "missing"] == "planned by a sweep, never started: model=vit protocol.fold=9"
+    assert lines["cv/8", "failed"] == "no such fold"
     assert ("cv/0", "missing") not in lines
 
 

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fer.config import CONF, compose_like_hydra, is_sweep, unsafe_entries
 from fer.errors import UserError
 from fer.models.base import ExpressionModule
 from fer.reporting.aggregate import aggregate, failures, markdown
-from fer.sweep import Plan, plan
+from fer.sweep import Plan, alone, plan
 from fer.sweep_checks import check_search
 from fer.train import run as train_one
 
@@ -400,6 +401,24 @@ def test_launchers_start_jobs_and_nothing_else(attack: str) -> None:
     assert unsafe_entries(compose_like_hydra("train", [*words, attack.replace("\\n", "\n")]))
 
 
+def test_a_job_waits_for_the_process_that_is_at_work_on_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begun = threading.Event()
+
+    def work() -> None:
+        with alone(tmp_path / "job"):
+            begun.set()
+
+    with alone(tmp_path / "job"):
+        other = threading.Thread(target=work)
+        other.start()
+        assert not begun.wait(0.3)
+    other.join(timeout=10)
+    assert begun.is_set()
+    assert "waiting for the process that is at work in" in caplog.text
+    with alone(tmp_path / "job"):  # and it is free again
+        pass
+
+
 # -- the aggregate, on folders made up here ----------------------------------------------------------------------------
 
 
@@ -428,7 +447,11 @@ def forged(acc: float, **more: Any) -> dict[str, Any]:
 
 
 def test_failed_and_missing_folds_are_named(tmp_path: Path) -> None:
-    jobs = {"protocol.fold-0": forged(0.5), "protocol.fold-1": forged(0.9, fold=1), "protocol.fold-2": None}
+    jobs = {
+        "protocol.fold-0": forged(0.5, stamps=["LEAKY"]),
+        "protocol.fold-1": forged(0.9, fold=1),
+        "protocol.fold-2": None,
+    }
     # The second holds whole results of another code version, which it refused to replace.
     forge(tmp_path / "s", jobs, {"protocol.fold-1": {"outcome": "failed", "error": "another code version"}})
     record = aggregate(tmp_path / "s")
@@ -438,7 +461,8 @@ def test_failed_and_missing_folds_are_named(tmp_path: Path) -> None:
     states = {entry["job"]: entry["state"] for entry in group["failed"]}
     assert states == {"protocol.fold-1": "failed", "protocol.fold-2": "missing"}
     page = markdown(record, "c")
-    for words in ("protocol.fold-1: failed, another code version", "protocol.fold-2: missing", "1 of 3"):
+    named = ("m on d, kfold [LEAKY] |", "protocol.fold-1: failed, another code version", "protocol.fold-2: missing")
+    for words in (*named, "1 of 3"):
         assert words in page
 
 

@@ -211,7 +211,7 @@ def rows(record: dict[str, Any]) -> list[list[str]]:
     head = ["model, data, protocol", "n", "folds", "seeds", *HEADLINES.values(), "validation mean class", "failed"]
     body = [
         [
-            title(group),
+            title(group) + "".join(f" [{stamp}]" for stamp in group["stamps"]),
             str(group["n"]),
             _folds(group),
             str(len(group["seeds"])),

@@ -138,20 +138,26 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
 
 def _walk(root: Path) -> Iterator[Path]:
     for folder, inner, files in os.walk(root):
-        if "status.json" in files or "results.json" in files:
+        if "pretraining.json" in files:  # weights, no classifier: nothing to report on
+            inner.clear()
+        elif "status.json" in files or "results.json" in files:
             yield Path(folder)
             inner.clear()
         inner[:] = [name for name in inner if not name.startswith(".")]
 
 
-def never_started(roots: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Folder and overrides of every job that a sweep at or under the roots planned and that left no run folder."""
+def never_started(roots: Sequence[Path]) -> list[tuple[Path, str, str]]:
+    """Every job that a sweep at or under the roots planned and that left no run folder: folder, status and reason."""
     out = []
     for root in roots:
         for plan in sorted(root.resolve().rglob("sweep.json")):
-            jobs = dict(read_json(plan)).get("jobs") or {}
-            folders = [(plan.parent / name, " ".join(map(str, words))) for name, words in jobs.items()]
-            out += [(folder, words) for folder, words in folders if not RunFolder(folder).status_file.exists()]
+            for name, words in (dict(read_json(plan)).get("jobs") or {}).items():
+                folder = RunFolder(plan.parent / name)
+                if folder.status_file.exists():
+                    continue
+                error = read_json(folder.outcome)["error"] if folder.outcome.exists() else None
+                planned = f"planned by a sweep, never started: {' '.join(map(str, words))}"
+                out.append((folder.path, "failed" if error else "missing", str(error or planned)))
     return out
 
 

@@ -232,7 +232,7 @@ def _mean(values: Sequence[Any]) -> float:
     return float(np.mean(found)) if found else math.nan
 
 
-def absent(groups: Sequence[Group], planned: Sequence[tuple[Path, str]], root: Path) -> Table:
+def absent(groups: Sequence[Group], planned: Sequence[tuple[Path, str, str]], root: Path) -> Table:
     """Runs that failed, did not finish, were never started, or count no more; ``planned`` are a sweep's jobs."""
     rows = []
 
@@ -251,8 +251,8 @@ def absent(groups: Sequence[Group], planned: Sequence[tuple[Path, str]], root: P
             add(group, "repeated", shown(run.path, root), run.fold, run.seed, "a newer run has its fold and seed")
         for line in group.missing:
             add(group, "missing", DASH, None, None, line)
-    for folder, overrides in planned:
-        add(None, "missing", shown(folder, root), None, None, f"planned by a sweep, never started: {overrides}")
+    for folder, status, reason in planned:
+        add(None, status, shown(folder, root), None, None, reason)
     return Table("Failed, unfinished and missing runs", names, rows, left=4)
 
 

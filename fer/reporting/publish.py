@@ -89,7 +89,7 @@ def write_report(
     groups: Sequence[Group],
     claims: Sequence[Claim],
     verdicts: Sequence[Verdict],
-    planned: Sequence[tuple[Path, str]],
+    planned: Sequence[tuple[Path, str, str]],
     options: Options,
 ) -> None:
     """Write ``report.html``, ``report.md``, ``report.tex``, CSV files and ``figures/`` into a folder.
