@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from torch import Tensor
 
 from fer.data.base import ExpressionDataModule
+from fer.explanation.crops import inputs
 from fer.metrics import Array
 from fer.trained import TrainedRun
 
@@ -31,13 +31,6 @@ class Seen:
     label: Array
     predicted: Array
     features: Array
-
-
-def inputs(run: TrainedRun, data: ExpressionDataModule, rows: Array) -> Tensor:
-    """Images as the run's network takes them: (B, 3, S, S) on its device, the central crop."""
-    crops = torch.from_numpy(np.array(data.store.images[rows])).to(run.device)
-    index = torch.from_numpy(np.asarray(rows)).to(run.device)
-    return run.finish("none")({"image": crops, "index": index}, epoch=0)["image"]
 
 
 def look(run: TrainedRun, data: ExpressionDataModule, points: int, seed: int) -> Seen:

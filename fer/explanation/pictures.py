@@ -114,21 +114,22 @@ def embedding_figure(panels: Sequence[Panel], title: str) -> Figure:
         for axes, panel in zip(grid, panels, strict=False):
             for k, name in enumerate(panel.class_names):
                 x, y = panel.points[panel.label == k].T
-                axes.scatter(x, y, **_look(names.index(name)), s=5 if len(panel.points) > 500 else 12, linewidths=0)
+                colour, shape = _look(names.index(name))
+                axes.scatter(x, y, color=colour, marker=shape, s=5 if len(panel.points) > 500 else 12, linewidths=0)
             axes.set_title(panel.title)
             axes.set(xticks=(), yticks=())
             axes.set_box_aspect(1)
         handles = [
-            Line2D([], [], linestyle="", markersize=4, markeredgewidth=0, label=name, **_look(i))
-            for i, name in enumerate(names)
+            Line2D([], [], linestyle="", markersize=4, markeredgewidth=0, label=name, color=colour, marker=shape)
+            for name, (colour, shape) in ((name, _look(i)) for i, name in enumerate(names))
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=4 if columns == 1 else 8, handletextpad=0.1)
         figure.suptitle(title, fontsize=7.5)
     return figure
 
 
-def _look(number: int) -> dict[str, str]:
-    return {"color": COLOURS[number % len(COLOURS)], "marker": SHAPES[number % len(SHAPES)]}
+def _look(number: int) -> tuple[str, str]:
+    return COLOURS[number % len(COLOURS)], SHAPES[number % len(SHAPES)]
 
 
 def attention_figure(right: Sequence[Shown], wrong: Sequence[Shown], title: str) -> Figure:

@@ -11,7 +11,8 @@ from fer.data.base import ExpressionDataModule
 from fer.errors import UserError
 from fer.explanation.attention import attention
 from fer.explanation.cam import cam
-from fer.explanation.embedding import Seen, inputs, look, perplexity, pick, plane
+from fer.explanation.crops import inputs, opened
+from fer.explanation.embedding import Seen, look, perplexity, pick, plane
 from fer.explanation.pictures import (
     Panel,
     Shown,
@@ -72,7 +73,7 @@ def explain(folders: Sequence[Path], output: Path, options: Options) -> list[Pat
             figure = confusion_figure(run.results["confusion"]["test"], run.results["classes"], title)
             written += save(figure, output / f"confusion{end}", stamps)
         if {"tsne", "attention"} & set(options.figures):
-            data = _opened(run, options.root)
+            data = opened(run, options.root)
             seen = look(run, data, options.points, options.seed)
             record_of_run |= {"images": len(seen.rows), "acc": float((seen.label == seen.predicted).mean())}
             if "tsne" in options.figures:
@@ -100,17 +101,6 @@ def _identity(run: TrainedRun) -> dict[str, Any]:
 
 def _data(run: TrainedRun) -> str:
     return str(run.results["data_facts"]["data"])
-
-
-def _opened(run: TrainedRun, root: str | None) -> ExpressionDataModule:
-    if root is not None:
-        run.config.data.root = root
-    data = run.data()
-    try:
-        data.open()
-    except UserError as error:
-        raise UserError(f"{run.folder.path}: {error}\n(here: root=/path/to/it)") from None
-    return data
 
 
 def _panel(run: TrainedRun, seen: Seen, seed: int) -> Panel:

@@ -1,0 +1,102 @@
+"""``python -m fer.export``: a trained run for use elsewhere, as ONNX or as safetensors with a model card.
+
+python -m fer.export run=outputs/.../<run>                                          model.onnx, checked against PyTorch
+python -m fer.export run=outputs/.../<run> int8=true                                and in 8 bits, with what that costs
+python -m fer.export run=outputs/.../<run> format=safetensors license=cc-by-nc-4.0  for the Hugging Face Hub
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fer.config import CONF, check_command_line, guarded, refuse_unsafe
+from fer.errors import UserError
+
+CONFIG = "export"
+
+
+def run(config: DictConfig) -> None:
+    """Export one run.
+
+    Raises:
+        UserError: anything the user can mend.
+    """
+    refuse_unsafe(config)
+    try:
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(f"the config does not resolve: {error}") from None
+    problems = _problems(plain)
+    if problems:
+        raise UserError("\n".join(problems))
+
+    try:
+        from fer.exporting.files import Options, export_onnx, export_safetensors
+    except ImportError as error:
+        raise UserError(f"exports need more packages ({error}): pip install 'fer-bench[export]'") from None
+    from fer.trained import open_run
+
+    trained = open_run(Path(plain["run"]))
+    output = Path(plain["output"] or trained.folder.path / "export" / plain["format"])
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={output} cannot be made ({error.strerror}): choose another folder") from None
+    options = Options(
+        answers=plain["answers"],
+        int8=plain["int8"],
+        licence=plain["license"],
+        crops=plain["crops"],
+        calibration=plain["calibration"],
+        repeats=plain["repeats"],
+        seed=plain["seed"],
+        root=plain["root"],
+    )
+    write = export_onnx if plain["format"] == "onnx" else export_safetensors
+    for path in write(trained, output, options):
+        print(path)
+
+
+def _problems(plain: dict[str, Any]) -> list[str]:
+    problems = []
+    if not isinstance(plain["run"], str) or plain["run"] in ("", "???"):
+        problems.append("run is missing: set run=outputs/.../<run>, a run folder written by python -m fer.train")
+    if plain["format"] not in ("onnx", "safetensors"):
+        problems.append(f"format={plain['format']} is not one of onnx, safetensors")
+    if plain["answers"] not in ("logits", "probabilities"):
+        problems.append(f"answers={plain['answers']} is not one of logits, probabilities")
+    if not isinstance(plain["int8"], bool):
+        problems.append(f"int8={plain['int8']}: expected true or false")
+    elif plain["int8"] and plain["format"] != "onnx":
+        problems.append("int8=true is for format=onnx: safetensors keeps the trained weights")
+    licence = plain["license"]
+    if licence is not None and (not isinstance(licence, str) or not licence.strip() or not licence.isprintable()):
+        problems.append(f"license={licence!r}: expected the name of the terms of use, such as cc-by-nc-4.0")
+    if licence is None and plain["format"] == "safetensors":
+        problems.append(
+            "license is missing: the model card must say under which terms the weights may be used, such as "
+            "license=cc-by-nc-4.0; the data's own terms count too"
+        )
+    for key, least in (("crops", 1), ("calibration", 1), ("repeats", 20), ("seed", 0)):
+        if isinstance(plain[key], bool) or not isinstance(plain[key], int) or plain[key] < least:
+            problems.append(f"{key}={plain[key]}: expected a whole number from {least} on")
+    return problems
+
+
+@hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")
+def _job(config: DictConfig) -> None:
+    guarded(lambda: run(config))
+
+
+def main() -> None:
+    """The command."""
+    check_command_line(CONFIG, sys.argv[1:])
+    _job()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The model card of an exported run: what it was trained on, how, what it reaches, and what it is not for."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from scipy.stats import binomtest
+
+from fer.errors import UserError
+from fer.metrics import Array, confusion_counts
+from fer.trained import TrainedRun
+
+TEMPLATE = Path(__file__).with_name("card.md")
+RESAMPLES = 2000
+LIMITS = [
+    "It names an expression as annotators would, and annotators disagree with each other; labels are noisy.",
+    "It was tested on one data set. Other cameras, alignments, ages and cultures were not tested here; expect less.",
+    "It always names one of its classes, also where there is no face, several expressions, or none of them.",
+    "No check of differences between groups of people is part of this card.",
+]
+
+
+def model_card(run: TrainedRun, preprocessing: dict[str, Any], temperature: float | None, licence: str) -> ModelCard:
+    """The card, filled from ``results.json`` and ``predictions.csv``.
+
+    Args:
+        run: the run.
+        preprocessing: as in `fer.hub.ExportedModel`.
+        temperature: likewise.
+        licence: name of the terms of use, such as ``cc-by-nc-4.0``.
+
+    Raises:
+        UserError: the predictions are missing or of other images than the results.
+    """
+    results, facts = run.results, run.results["data_facts"]
+    counts = tested(run)
+    metrics = metric_rows(counts, results["classes"], results["metrics"]["test"], results["seed"])
+    title = f"{results['model']} for facial expressions, {facts['data']}"
+    worst = min(
+        (row for row in metrics if row["name"].startswith("accuracy of ")),
+        key=lambda row: float(row["value"].split()[0]),
+    )
+    limits = [*LIMITS, f"Its weakest class: {worst['name'].removeprefix('accuracy of ')}, {worst['value']} right."]
+    data = ModelCardData(
+        license=licence,
+        library_name="fer",
+        pipeline_tag="image-classification",
+        tags=["facial-expression-recognition", "model_hub_mixin", "pytorch_model_hub_mixin"],
+        metrics=["accuracy", "f1"],
+        model_name=results["name"],
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=results["data"],
+                dataset_name=f"{facts['data']}, test part",
+                metric_type=kind,
+                metric_value=round(results["metrics"]["test"][key], 6),
+                metric_name=name,
+            )
+            for kind, key, name in (
+                ("accuracy", "acc", "accuracy"),
+                ("recall", "mean_acc", "mean class accuracy"),
+                ("f1", "macro_f1", "macro F1"),
+            )
+        ],
+    )
+    card: ModelCard = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(),
+        title=title,
+        limits=limits,
+        metrics=metrics,
+        resamples=RESAMPLES,
+        temperature=temperature,
+        license=licence,
+        crop=round(preprocessing["store_size"] * preprocessing["crop_pct"]),
+        data=facts["data"],
+        form=facts["form"],
+        split=facts["split"] if "split" in facts else results["protocol"]["_target_"].rpartition(".")[2],
+        copies="; ".join(f"{number:,} {what}" for what, number in facts["copies"].items() if number) or "none",
+        counts=facts["counts"],
+        **{key: preprocessing[key] for key in ("store_size", "channels", "image_size", "mean", "std")},
+        **{
+            key: results[key]
+            for key in (
+                *("model", "classes", "stamps", "n", "selected_on", "best_epoch", "epochs", "tta", "weights", "seed"),
+                *("split_fingerprint", "code_version", "git_commit", "versions", "parameters"),
+            )
+        },
+    )
+    return card
+
+
+def tested(run: TrainedRun) -> Array:
+    """(K, K) confusion counts of ``predictions.csv``.
+
+    Raises:
+        UserError: it is missing, or not of the results beside it.
+    """
+    path, classes = run.folder.predictions, run.results["classes"]
+    try:
+        table = pd.read_csv(path, usecols=["label", "predicted"], dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): the card needs the test's predictions") from None
+    label, predicted = (pd.Categorical(table[name], categories=classes).codes for name in ("label", "predicted"))
+    if len(table) != run.results["n"]["test"] or (label < 0).any() or (predicted < 0).any():
+        raise UserError(f"{path} is not of the test in {run.folder.results}: take a whole run folder")
+    return confusion_counts(label.astype(np.int64), predicted.astype(np.int64), len(classes))
+
+
+def metric_rows(counts: Array, classes: list[str], scores: dict[str, float], seed: int) -> list[dict[str, str]]:
+    """Name, value, 95 % interval and n of each metric.
+
+    Args:
+        counts: (K, K) confusion counts of the test part.
+        classes: K names.
+        scores: the test's metrics.
+        seed: of the bootstrap.
+    """
+
+    def percent(low: float, high: float) -> str:
+        return f"{100 * low:.2f} to {100 * high:.2f} %"
+
+    n = int(counts.sum())
+    whole = binomtest(int(counts.diagonal().sum()), n).proportion_ci(method="wilson")
+    mean_acc, macro_f1 = bootstrap(counts, seed)
+    rows = [
+        ("accuracy", f"{100 * scores['acc']:.2f} %", percent(whole.low, whole.high), n),
+        ("mean class accuracy", f"{100 * scores['mean_acc']:.2f} %", percent(*mean_acc), n),
+        ("macro F1", f"{100 * scores['macro_f1']:.2f} %", percent(*macro_f1), n),
+        ("expected calibration error", f"{100 * scores['ece']:.2f} %", "", n),
+        ("negative log-likelihood", f"{scores['nll']:.4f}", "", n),
+    ]
+    for name, right, support in zip(classes, counts.diagonal(), counts.sum(1), strict=True):
+        if support:
+            ci = binomtest(int(right), int(support)).proportion_ci(method="wilson")
+            rows.append(
+                (f"accuracy of {name}", f"{100 * right / support:.2f} %", percent(ci.low, ci.high), int(support))
+            )
+    return [{"name": name, "value": value, "interval": ci, "n": f"{m:,}"} for name, value, ci, m in rows]
+
+
+def bootstrap(counts: Array, seed: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """95 % percentile intervals of mean class accuracy and macro F1 over images drawn with replacement.
+
+    Both depend on the confusion counts alone, and drawing images is drawing their cells.
+
+    Args:
+        counts: (K, K), rows are labels.
+        seed: of the drawing.
+    """
+    k, total = len(counts), counts.sum()
+    drawn = np.random.default_rng(seed).multinomial(total, (counts / total).ravel(), size=RESAMPLES).reshape(-1, k, k)
+    hits = drawn.diagonal(axis1=1, axis2=2)
+    support, predicted = drawn.sum(2), drawn.sum(1)
+    with np.errstate(invalid="ignore"):
+        recall, f1 = hits / support, 2 * hits / (support + predicted)
+    # A class that does not come in a sample is left out of its mean, as in `fer.metrics.scores`.
+    spread = [np.quantile(np.nanmean(values, axis=1), [0.025, 0.975]) for values in (recall, f1)]
+    (low, high), (f1_low, f1_high) = ((float(a), float(b)) for a, b in spread)
+    return (low, high), (f1_low, f1_high)
