@@ -22,12 +22,12 @@ setup: $(SETUP)  ## create .venv with the tested versions (about 2 minutes, 6 GB
 .venv/.complete: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,faces,export,sweeps,dashboard]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,faces,export,explain,sweeps,dashboard]'
 	@touch $@
 
 .setup-active:
-	@python -c 'import pytest, pytest_timeout, hypothesis, ruff, mypy, facenet_pytorch, onnxruntime, hydra_plugins.hydra_optuna_sweeper, wandb_workspaces' 2>/dev/null || \
-	  python -m pip install --quiet --editable '.[dev,faces,export,sweeps,dashboard]'
+	@python -c 'import pytest, pytest_timeout, hypothesis, ruff, mypy, facenet_pytorch, onnxruntime, hydra_plugins.hydra_optuna_sweeper, wandb_workspaces, pytorch_grad_cam' 2>/dev/null || \
+	  python -m pip install --quiet --editable '.[dev,faces,export,explain,sweeps,dashboard]'
 
 demo: $(SETUP)  ## train on synthetic faces: no download, under 8 core-minutes
 	$(PYTHON) -m fer.train experiment=demo
