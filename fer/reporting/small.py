@@ -1,7 +1,7 @@
-"""``python -m fer.reporting.small RUNS``: docs/small.md, what the CPU-sized networks reach whole and without each block.
+"""``python -m fer.reporting.small RUNS``: docs/small.md, what the CPU-sized networks reach whole and without a block.
 
-RUNS is the folder of ``python -m fer.train sweep=ablations``. Its figures go to docs/results/small.json, and from there to
-the page; without RUNS the page is written anew from the JSON.
+RUNS is the folder of ``python -m fer.train sweep=ablations``. Its figures go to docs/results/small.json, and from there
+to the page; without RUNS the page is written anew from the JSON.
 """
 
 import sys
@@ -27,9 +27,10 @@ HEAD = """# Every network on one CPU thread, whole and without each of its block
     python -m fer.train experiment=small/convcut          # one network
     python -m fer.train experiment=without/convcut_detail # the same without a block
 
-Each network is the class and the YAML of `conf/model/`, made narrow, shallow and small in `conf/experiment/small/`; what
-those files say is in the table. Each block is taken out once, by the option in `conf/experiment/without/`, the rest and
-the training unchanged. Figures: `results/small.json`; this page is made from it by `python -m fer.reporting.small`.
+Each network is the class and the YAML of `conf/model/`, made narrow, shallow and small in `conf/experiment/small/`;
+what those files say is in the table. Each block is taken out once, by the option in `conf/experiment/without/`, the
+rest and the training unchanged. The figures are in `results/small.json`; `python -m fer.reporting.small` makes this
+page from them.
 
 Shared by all: {shared}.
 
