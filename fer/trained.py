@@ -85,7 +85,7 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> TrainedRun:
     if not folder.config.is_file():
         raise UserError(f"run={path}: {folder.config} is missing, expected a run folder written by python -m fer.train")
     config = OmegaConf.load(folder.config)
-    if not isinstance(config, DictConfig) or not isinstance(config.get("model"), DictConfig):
+    if not isinstance(config, DictConfig) or not all(isinstance(config.get(k), DictConfig) for k in ("model", "data")):
         raise UserError(f"{folder.config} is no config: expected the file python -m fer.train wrote")
     refuse_unsafe(config)
     if not folder.best.is_file() or not folder.results.is_file():
@@ -97,7 +97,8 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> TrainedRun:
     for key, value in INITIAL_WEIGHTS.items():
         if key in config.model:
             config.model[key] = value
-    problems = argument_problems({"model": OmegaConf.to_container(config.model, resolve=True)})
+    plain = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("model", "data")}
+    problems = argument_problems(plain)
     if problems:
         raise UserError(f"run={path} is of other code than this: " + "; ".join(problems))
     module = instantiate(config.model)

@@ -16,7 +16,7 @@ from fer.reporting.benches import Bench
 from fer.reporting.claims import Beside
 
 INK, GREY, PALE, BLUE, RED = "#222222", "#8a8a8a", "#d9d9d9", "#2b5f9e", "#b03a2e"
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "fer",  # the same chart gives the same bytes
     "font.size": 8.5,
@@ -41,12 +41,12 @@ _STYLE = {
 def svg(figure: Figure) -> str:
     """A figure as an SVG text that is the same each time."""
     text = io.StringIO()
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()
 
 
-def _figure(width: float, height: float, stamps: Sequence[str]) -> tuple[Figure, float]:
+def empty_figure(width: float, height: float, stamps: Sequence[str]) -> tuple[Figure, float]:
     """An empty figure, in inches, with stamps at its foot (it may be looked at alone) and the height they take."""
     lines = textwrap.wrap("; ".join(stamps), round(19 * width))
     foot = 0.13 * len(lines)
@@ -55,7 +55,7 @@ def _figure(width: float, height: float, stamps: Sequence[str]) -> tuple[Figure,
     return figure, foot
 
 
-def _margins(figure: Figure, left: float, right: float, top: float, bottom: float) -> None:
+def margins(figure: Figure, left: float, right: float, top: float, bottom: float) -> None:
     """Set the margins around the axes, in inches."""
     width, height = figure.get_size_inches()
     figure.subplots_adjust(left=left / width, right=1 - right / width, top=1 - top / height, bottom=bottom / height)
@@ -64,9 +64,9 @@ def _margins(figure: Figure, left: float, right: float, top: float, bottom: floa
 def overview(bench: Bench, claims: Sequence[Beside]) -> str:
     """Accuracy of each group with its 95 % interval, and what papers claim for its model beside it."""
     groups = bench.ranked
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         apart = [f"{group.label}: {'; '.join(group.stamps)}" for group in groups if bench.apart(group)]
-        figure, foot = _figure(7.6, 0.62 + 0.27 * len(groups), [*bench.shared_stamps, *apart])
+        figure, foot = empty_figure(7.6, 0.62 + 0.27 * len(groups), [*bench.shared_stamps, *apart])
         axes = figure.subplots()
         for place, group in enumerate(groups):
             mean, _, low, high = (100 * value for value in group.interval("acc"))
@@ -91,7 +91,7 @@ def overview(bench: Bench, claims: Sequence[Beside]) -> str:
         axes.grid(axis="x", color=PALE, linewidth=0.5)
         axes.set_axisbelow(True)
         axes.set_xlabel("accuracy, %")
-        _margins(figure, left=3.0, right=0.1, top=0.08, bottom=0.46 + foot)
+        margins(figure, left=3.0, right=0.1, top=0.08, bottom=0.46 + foot)
     return svg(figure)
 
 
@@ -107,8 +107,8 @@ def curves(tables: Sequence[pd.DataFrame], best: Sequence[int], stamps: Sequence
         ("accuracy, %", 100.0, (("train/acc", "train", GREY), ("val/mean_acc", "validation, mean class", BLUE))),
         ("loss", 1.0, (("train/loss", "train", GREY), ("val/loss", "validation", BLUE))),
     )
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure, foot = _figure(6.4, 2.3, stamps)
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        figure, foot = empty_figure(6.4, 2.3, stamps)
         both: tuple[Axes, Axes] = figure.subplots(1, 2)
         for axes, (title, factor, lines) in zip(both, panels, strict=True):
             for column, name, colour in lines:
@@ -123,14 +123,17 @@ def curves(tables: Sequence[pd.DataFrame], best: Sequence[int], stamps: Sequence
                     axes.fill_between(
                         epoch, table.min(axis=1), table.max(axis=1), color=colour, alpha=0.18, linewidth=0
                     )
-            for value in sorted(set(best)):
-                axes.axvline(value + 1, ymax=0.035, color=INK, linewidth=0.9)
             axes.set_title(title)
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            axes.legend(frameon=False, fontsize=7.5, handlelength=1.2, loc="best")
+            if axes.lines:
+                for value in sorted(set(best)):
+                    axes.axvline(value + 1, ymax=0.035, color=INK, linewidth=0.9)
+                axes.legend(frameon=False, fontsize=7.5, handlelength=1.2, loc="best")
+            else:
+                axes.set_title(f"{title}: not trained here, only evaluated")
         figure.subplots_adjust(wspace=0.16)
-        _margins(figure, left=0.42, right=0.06, top=0.23, bottom=0.44 + foot)
+        margins(figure, left=0.42, right=0.06, top=0.23, bottom=0.44 + foot)
     return svg(figure)
 
 
@@ -144,8 +147,8 @@ def reliability(bins: Array, stamps: Sequence[str]) -> str:
     count, confidence, correct = bins.T
     used = count > 0
     edges = np.linspace(0, 1, len(bins) + 1)
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure, foot = _figure(3.0, 2.9, stamps)
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        figure, foot = empty_figure(3.0, 2.9, stamps)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         upper.plot([0, 1], [0, 1], color=PALE, linewidth=1)
         x, y = confidence[used] / count[used], correct[used] / count[used]
@@ -156,5 +159,5 @@ def reliability(bins: Array, stamps: Sequence[str]) -> str:
         lower.set(xlabel="confidence", yticks=())
         lower.spines["left"].set_visible(False)
         figure.subplots_adjust(hspace=0.12)
-        _margins(figure, left=0.33, right=0.09, top=0.23, bottom=0.44 + foot)
+        margins(figure, left=0.33, right=0.09, top=0.23, bottom=0.44 + foot)
     return svg(figure)

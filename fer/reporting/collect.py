@@ -16,7 +16,8 @@ from fer.runs import RunFolder, read_json
 
 BINS = 15  # of the reliability diagram, as in the results' ECE
 WRONG_KEPT = 64  # most confidently wrong images kept of each run
-SECTIONS = ("data", "model", "mix", "trainer")  # of the config; what a run is made of, everything else reaches these
+# Of the config: what a run is made of, everything else reaches these; and what fer.evaluate made of a trained one.
+SECTIONS = ("data", "model", "mix", "trainer", "evaluation")
 # Leaves that change where a run stands or how it is watched, not what it measures; `seed` and `fold` are the axes that
 # runs of one group differ in.
 NOT_SETTINGS = (
