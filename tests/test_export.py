@@ -17,7 +17,7 @@ from model_builds import MODELS, cheap, images, shaken
 from safetensors.torch import load_file
 
 from fer.errors import UserError
-from fer.evaluation.calibration import checkpoint_fingerprint
+from fer.evaluation.calibration import Calibration, checkpoint_fingerprint
 from fer.exporting import files
 from fer.exporting.card import bootstrap, metric_rows
 from fer.exporting.files import Options, export_onnx, export_safetensors, preprocessing_of
@@ -177,8 +177,8 @@ def drawn_before(exported, monkeypatch):
 def test_probabilities_with_a_temperature(whole, crops, drawn_before, monkeypatch, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("wandb"))
     run = open_run(folder)
-    calibration = {"temperature": 2.5, "fingerprint": checkpoint_fingerprint(run)}
-    (folder / "calibration.json").write_text(json.dumps(calibration))
+    calibration = Calibration(2.5, "val", 42, "none", checkpoint_fingerprint(run), {}, {})
+    (folder / "calibration.json").write_text(json.dumps(dataclasses.asdict(calibration)))
     monkeypatch.setattr(files, "largest_difference", lambda network, session, image: 0.0)
     export_onnx(run, tmp_path, Options("probabilities", False, None, 5, 5, 20, 0, None))
     facts = described(tmp_path / "model.onnx")
@@ -188,7 +188,12 @@ def test_probabilities_with_a_temperature(whole, crops, drawn_before, monkeypatc
         answers = drawn_before[0](torch.from_numpy(literally(crops, facts)))
     powers = np.exp(logits_of(run, crops).astype(np.float64) / 2.5)
     np.testing.assert_allclose(answers, powers / powers.sum(1, keepdims=True), atol=1e-5)
-    (folder / "calibration.json").write_text(json.dumps({**calibration, "fingerprint": "of another checkpoint"}))
+    of_views = dataclasses.replace(calibration, tta="ten_crop")
+    (folder / "calibration.json").write_text(json.dumps(dataclasses.asdict(of_views)))
+    monkeypatch.setattr(files, "fit_temperature", lambda run, tta: dataclasses.replace(calibration, temperature=1.5))
+    assert files.temperature_of(run) == 1.5, "one view has a temperature of its own"
+    of_another = dataclasses.replace(calibration, fingerprint="of another checkpoint")
+    (folder / "calibration.json").write_text(json.dumps(dataclasses.asdict(of_another)))
     assert files.temperature_of(run) is None
 
 

@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 from fer.data.base import ExpressionDataModule
 from fer.data.manifest import Part
 from fer.errors import UserError
-from fer.evaluation.calibration import FILE as CALIBRATION
-from fer.evaluation.calibration import checkpoint_fingerprint
+from fer.evaluation.calibration import fit_temperature, kept_calibration
 from fer.explanation.crops import inputs, opened
 from fer.exporting.graph import (
     TOLERANCE,
@@ -25,7 +24,7 @@ from fer.exporting.graph import (
     session_of,
 )
 from fer.metrics import Array
-from fer.runs import read_json, write_json, write_text
+from fer.runs import write_json, write_text
 from fer.trained import TrainedRun
 
 RECORD, TABLE = "export.json", "export.md"
@@ -46,10 +45,14 @@ class Options:
 
 
 def temperature_of(run: TrainedRun) -> float | None:
-    """The calibrated temperature, where ``python -m fer.evaluate`` fitted one to this checkpoint."""
-    path = run.folder.path / CALIBRATION
-    record = read_json(path) if path.is_file() else {}
-    return float(record["temperature"]) if record.get("fingerprint") == checkpoint_fingerprint(run) else None
+    """The temperature for one view of an image, where ``python -m fer.evaluate`` has calibrated this checkpoint.
+
+    One that was fitted to the mean of several views does not fit a single one; the validation part is then read again.
+    """
+    kept = kept_calibration(run)
+    if kept is not None and kept.tta != "none":
+        kept = fit_temperature(run, "none")
+    return None if kept is None else kept.temperature
 
 
 def preprocessing_of(run: TrainedRun) -> dict[str, Any]:
@@ -231,6 +234,8 @@ def export_safetensors(run: TrainedRun, output: Path, options: Options) -> list[
     from fer.hub import ExportedModel
 
     assert options.licence is not None
+    if options.root is not None:
+        run.config.data.root = options.root
     preprocessing, temperature = preprocessing_of(run), temperature_of(run)
     card = model_card(run, preprocessing, temperature, options.licence)
     model = OmegaConf.to_container(run.config.model, resolve=True)
