@@ -1,0 +1,59 @@
+"""``python -m fer.demo``: a local page that names the expressions of faces in a photograph or a camera's picture.
+
+python -m fer.demo run=outputs/.../<run>
+"""
+
+import sys
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fer.config import CONF, argument_problems, check_command_line, guarded, refuse_unsafe
+from fer.errors import UserError
+from fer.predict import make_recognizer, run_problems
+
+CONFIG = "demo"
+
+
+def run(config: DictConfig) -> None:
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        UserError: anything the user can mend, all problems of the config at once.
+    """
+    refuse_unsafe(config)
+    try:
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(f"the config does not resolve: {error}") from None
+    problems = argument_problems({"detector": plain["detector"]}) + run_problems(plain)
+    port = plain["port"]
+    if isinstance(port, bool) or not isinstance(port, int) or not 1024 <= port <= 65535:
+        problems.append(f"port={port}: expected a number, 1024 to 65535")
+    if problems:
+        raise UserError("\n".join(problems))
+    try:
+        from fer.prediction.server import serve
+    except ImportError as error:
+        raise UserError(f"the page needs aiohttp ({error}): pip install 'fer-bench[demo]'") from None
+    serve(make_recognizer(config), port)
+
+
+@hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")
+def _job(config: DictConfig) -> None:
+    guarded(lambda: run(config))
+
+
+def main() -> None:
+    """The command."""
+    check_command_line(CONFIG, sys.argv[1:])
+    try:
+        _job()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From photographs and videos to named expressions on disk and in a browser."""
