@@ -324,6 +324,10 @@ def test_sweep_groups_compose_with_any_axis() -> None:
     assert len(planned("sweep=cv10", "protocol.fold=3,4").jobs or {}) == 2
     assert list(planned("sweep=seeds5").jobs or {}) == [f"seed-{s}" for s in range(5)]
     assert composed("sweep=cv5").protocol._target_.endswith("KFold")
+    demo = planned("sweep=demo").jobs or {}
+    assert len(demo) == 2 * 5
+    last = composed("sweep=demo", *list(demo.values())[-1])  # the sweep's values beat the recipe's
+    assert (last.model_name, last.protocol.fold, last.trainer.max_epochs, last.data.train) == ("timm", 4, 7, 1400)
 
 
 def test_every_paper_is_in_the_papers_sweep() -> None:
