@@ -301,7 +301,7 @@ def test_a_folder_with_bad_files_finishes_and_lists_them(
     summary = json.loads((answers / "prediction.json").read_text())
     assert (summary["pictures"], summary["faces"], summary["errors"], summary["whole"]) == (5, 6, 5, True)
     assert read_image(answers / "annotated/group.jpg").shape == group.shape
-    assert read_image(answers / "annotated/turned.jpg").shape[:2] == turned.shape[:2]
+    assert read_image(answers / "annotated/turned.jpg").shape[0] == turned.shape[0]  # upright, beside it the bars
     assert not list(tmp_path.glob("*.unfinished"))
     said = capsys.readouterr().out
     assert "6 faces in 5 pictures, 5 files with errors" in said
@@ -471,7 +471,7 @@ def named(box: tuple[float, ...], expression: str = "happiness") -> Face:
     return Face(box, None, expression, 0.82, probabilities, np.zeros((48, 48, 1), np.uint8))
 
 
-@pytest.mark.parametrize("size", [(48, 48), (60, 900), (300, 200), (640, 480), (3000, 2000)])
+@pytest.mark.parametrize("size", [(48, 48), (60, 900), (300, 200), (640, 480), (1500, 1000)])
 def test_drawing_keeps_the_picture_and_its_size(size: tuple[int, int]) -> None:
     width, height = size
     image = np.full((height, width, 3), 90, np.uint8)
