@@ -72,7 +72,7 @@ def coverage_picture(path: Path, accuracy: Array, record: dict[str, Any], stamps
         axes.plot(share[shown], 100 * accuracy[shown], color=BLUE, linewidth=1.3)
         axes.axhline(100 * accuracy[-1], color=PALE, linewidth=1)
         axes.set_title(f"accuracy by coverage, AURC {record['aurc']:.3f}, n = {n:,}")
-        axes.set(xlabel="coverage: share of images answered, the surest first", ylabel="accuracy, %", xlim=(0, 1))
+        axes.set(xlabel="share of images answered, the surest first", ylabel="accuracy, %", xlim=(0, 1))
         margins(figure, left=0.5, right=0.1, top=0.24, bottom=0.46 + foot)
         _save(figure, path)
 
