@@ -25,7 +25,7 @@ from fer.config import CONF
 from fer.errors import UserError
 from fer.report import run
 from fer.reporting.benches import make_benches
-from fer.reporting.claims import beside, load_claims
+from fer.reporting.claims import Claim, beside, load_claims
 from fer.reporting.collect import Run, read_run, read_runs
 from fer.reporting.comparisons import compare
 from fer.reporting.groups import Group, make_groups
@@ -233,6 +233,25 @@ def test_claims_stand_beside_what_was_measured_with_the_differences(house: tuple
     for part in ("void", "3,068 test images; here 210", "chosen on test; here on val", "ImageNet; here random"):
         assert part in line["differences"]
     assert len(claims) > 10  # the other claims on RAF-DB are listed too
+
+
+@pytest.mark.parametrize(
+    ("claimed", "here", "differs"),
+    [
+        ("ImageNet", "timm/resnet50.tv_in1k", False),
+        ("ImageNet-1k", "timm/vit_large_patch16_224.augreg_in21k_ft_in1k", True),
+        ("DINOv2", "timm/vit_base_patch14_dinov2.lvd142m", False),
+        ("DINOv2", "timm/vit_base_patch14_dinov2.lvd142m; landmarks: random, trained", True),
+        ("MS-Celeb-1M", "timm/resnet18.tv_in1k", True),
+        ("ImageNet", "random", True),
+        (None, "random", False),
+    ],
+)
+def test_other_weights_than_the_papers_are_named(tmp_path: Path, claimed: str, here: str, differs: bool) -> None:
+    write_run(tmp_path / "run", more={"weights": here})
+    facts = {"paper": "p", "method": "m", "data": ["synthetic"], "classes": 7, "acc": 50.0, "split": "official"}
+    claim = Claim(**facts, selected_on="val", weights=claimed)
+    assert claim.differences(one_group(tmp_path)) == ([f"weights: {claimed}; here {here}"] if differs else [])
 
 
 def test_every_claim_names_data_and_models_that_exist() -> None:

@@ -1,5 +1,6 @@
 """What papers claim, and how their protocol differs from a group's: read from ``conf/claims.yaml``."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,8 @@ from fer.reporting.benches import Bench
 from fer.reporting.groups import Group
 
 OFFICIAL = "official"
+# What the name of weights holds that were trained on what a claim names; see fer/models/pretrained.py.
+_MARKS = {"ImageNet": r"in\d+k", "ImageNet-1k": r"(?<!ft_)in1k", "DINOv2": "dinov2"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +91,9 @@ class Claim:
             out.append(f"epoch chosen on {self.selected_on}; here on {here}")
         if self.tta is not None and self.tta != results["tta"]:
             out.append(f"views averaged at test: {self.tta}; here {results['tta']}")
-        if self.weights is not None and results["weights"] == "random":
-            out.append(f"weights: {self.weights}; here random")
+        weights = str(results["weights"])
+        if self.weights is not None and ("random" in weights or not re.search(_MARKS.get(self.weights, "$^"), weights)):
+            out.append(f"weights: {self.weights}; here {weights}")
         return out
 
     @property
