@@ -31,6 +31,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # frozen streams, teachers
     warnings.filterwarnings("ignore", message=".*recommended to use.*sync_dist.*")  # each device knows all scores
 
 

@@ -71,6 +71,10 @@ class Pretraining(LightningModule, abc.ABC):
         """The network whose weights are kept."""
 
     @abc.abstractmethod
+    def usage(self, path: str) -> list[str]:
+        """Words of ``python -m fer.train`` that take the kept weights from ``path``."""
+
+    @abc.abstractmethod
     def draw(self, batch: Batch) -> Figure:
         """A picture of what was learned, of a batch of the test part."""
 
@@ -108,7 +112,7 @@ class Pretraining(LightningModule, abc.ABC):
         self._step(batch, "test")
 
     def scores(self, stage: Stage) -> dict[str, float]:
-        """Mean of each measure over the images that count, and how many these are; NaN of none."""
+        """Mean of each measure over the images that count; NaN where none does."""
         sums = {name: values.tolist() for name, values in self._sums[stage].items()}
         return {name: total / number if number else float("nan") for name, (total, number) in sums.items()}
 
@@ -171,6 +175,12 @@ class Normalise(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> the same shape."""
         return (image - self.mean) / self.std
+
+
+def backbone_usage(backbone: nn.Module, architecture: str, path: str) -> list[str]:
+    """Words of ``python -m fer.train`` for a backbone: the two-stream network takes transformers, `timm` everything."""
+    model = "two_stream" if hasattr(backbone, "blocks") else "timm"
+    return [f"model={model}", f"model.backbone={architecture}", f"model.pretrained={path}"]
 
 
 def backbone_groups(backbone: nn.Module, others: list[nn.Parameter], layer_decay: float) -> list[dict[str, Any]]:

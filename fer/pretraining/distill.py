@@ -5,9 +5,10 @@ crops go to both networks, further small ones to the student alone; the teacher'
 which keeps both from saying the same of every image; the teacher's weights follow the student's.
 
 Deviations: crops are square and come without blur and solarisation (`fer.data.batched.BatchAugment`); weight decay is
-constant.
+constant; batch norms of the teacher use averaged statistics, not those of the batch.
 """
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any, Unpack
@@ -20,7 +21,15 @@ from torch.nn import functional as F
 from fer.data.batched import BatchAugment
 from fer.errors import UserError
 from fer.models.pretrained import timm_network
-from fer.pretraining.base import Batch, Normalise, Pretraining, TaskOptions, backbone_groups, image_options
+from fer.pretraining.base import (
+    Batch,
+    Normalise,
+    Pretraining,
+    TaskOptions,
+    backbone_groups,
+    backbone_usage,
+    image_options,
+)
 from fer.pretraining.pictures import image_grid
 
 LARGE = 2  # large crops of an image
@@ -120,11 +129,8 @@ class SelfDistillation(Pretraining):
         settings = {"num_classes": 0, **image_options(backbone, self.image_size, several_sizes=True)}
         rates = {"drop_path_rate": drop_path} if drop_path > 0 else {}
         network, self.weights = timm_network(backbone, pretrained, {**settings, **rates}, "task.pretrained")
-        follower, _ = timm_network(backbone, False, settings)
-        self.student = Branch(network, ProjectionHead(network.num_features, hidden, bottleneck, outputs))
-        self.teacher = Branch(follower, ProjectionHead(network.num_features, hidden, bottleneck, outputs))
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.requires_grad_(False)
+        self.student = Branch(network, ProjectionHead(network.head_hidden_size, hidden, bottleneck, outputs))
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.register_buffer("centre", torch.zeros(outputs))
         self.normalise = Normalise(mean, std)
         self.architecture, self.layer_decay = backbone.partition(".")[0], layer_decay
@@ -144,10 +150,20 @@ class SelfDistillation(Pretraining):
         network: nn.Module = self.teacher.backbone
         return network
 
+    def usage(self, path: str) -> list[str]:
+        """As a backbone."""
+        return backbone_usage(self.kept(), self.architecture, path)
+
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, D), the student's features, which a step has to make."""
         features: Tensor = self.student.backbone(self.normalise(image))
         return features
+
+    def train(self, mode: bool = True) -> "SelfDistillation":
+        """The teacher stays in eval mode: no stochastic depth, averaged statistics."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The student's backbone with layer decay; its head."""
@@ -216,9 +232,9 @@ class SelfDistillation(Pretraining):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher's weights towards the student's; batch norms gather their own statistics."""
-        for mine, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            mine.lerp_(theirs, 1 - momentum)
+        """Move the teacher's weights, and the statistics of batch norms, towards the student's."""
+        for mine, theirs in zip(self.teacher.state_dict().values(), self.student.state_dict().values(), strict=True):
+            mine.lerp_(theirs, 1 - momentum) if mine.is_floating_point() else mine.copy_(theirs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The student's step, then the teacher's: before a checkpoint can be written between them."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fer.data.base import ExpressionDataModule
 from fer.data.places import relative
 from fer.errors import UserError
-from fer.layers.mobilefacenet import LandmarkNetwork
+from fer.layers.mobilefacenet import WIDTH, LandmarkNetwork
 from fer.pretraining.base import Batch, Pretraining, TaskOptions
 from fer.pretraining.pictures import landmark_figure
 
@@ -42,7 +42,7 @@ class Landmarks(Pretraining):
         options: See `TaskOptions`.
 
     Raises:
-        UserError: An unknown loss, or an image size other than a multiple of 16.
+        UserError: An unknown loss, or an image size other than 112 pixels.
     """
 
     file = "landmarks.safetensors"
@@ -67,7 +67,7 @@ class Landmarks(Pretraining):
             raise UserError(f"task.image_size={self.image_size}: MobileFaceNet's head takes 112 pixels")
         self.network = LandmarkNetwork(points, width)
         self.register_buffer("mean_shape", torch.zeros(points, 2))
-        self.points, self.loss, self.wing = points, loss, (wing_width, wing_curvature)
+        self.points, self.width, self.loss, self.wing = points, width, loss, (wing_width, wing_curvature)
 
     @classmethod
     def from_data(cls, options: Mapping[str, Any], data: ExpressionDataModule) -> dict[str, Any]:
@@ -94,6 +94,11 @@ class Landmarks(Pretraining):
     def kept(self) -> nn.Module:
         """The whole network, head included."""
         return self.network
+
+    def usage(self, path: str) -> list[str]:
+        """As a landmark stream, which is then frozen."""
+        narrow = [f"model.width={self.width}"] if self.width != WIDTH else []
+        return ["model=two_stream", *narrow, f"model.landmark_ckpt={path}"]
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, 112, 112) -> (B, 2 L)."""

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from fer.data.batched import uniform
 from fer.errors import UserError
 from fer.models.pretrained import timm_network
-from fer.pretraining.base import Batch, Normalise, Pretraining, TaskOptions, backbone_groups, image_options
+from fer.pretraining.base import (
+    Batch,
+    Normalise,
+    Pretraining,
+    TaskOptions,
+    backbone_groups,
+    backbone_usage,
+    image_options,
+)
 from fer.pretraining.pictures import image_grid
 
 SHOWN = 8  # images of the picture
@@ -123,6 +131,10 @@ class MaskedImages(Pretraining):
         """The backbone."""
         network: nn.Module = self.network.backbone
         return network
+
+    def usage(self, path: str) -> list[str]:
+        """As a backbone."""
+        return backbone_usage(self.kept(), self.architecture, path)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, D), the backbone's features."""

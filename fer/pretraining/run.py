@@ -1,6 +1,7 @@
 """One pre-training from a composed config to a folder with weights, figures and a picture."""
 
 import math
+import shlex
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,7 @@ def _train(
         "resumed_from_step": curves.resumed_from_step,
         "steps": trainer.global_step,
         "command": folder.status()["command"],
+        "next": shlex.join(["python", "-m", "fer.train", *module.usage(str(path))]),
     }
     write_json(folder.results, results)
     folder.set_status("done")
@@ -193,8 +195,4 @@ def print_summary(results: dict[str, Any], folder: RunFolder) -> None:
     )
     path = folder.path / results["file"]
     out.print(f"{results['sha256']}  {path}", soft_wrap=True, highlight=False)
-    option = "model.landmark_ckpt" if results["architecture"] == "mobilefacenet" else "model.pretrained"
-    network = "two_stream" if results["architecture"] == "mobilefacenet" else "timm"
-    more = [] if network == "two_stream" else [f"model.backbone={results['architecture']}"]
-    words = " ".join(["python -m fer.train", f"model={network}", *more, f"{option}={path}"])
-    out.print(f"next: {words}", soft_wrap=True, highlight=False)
+    out.print(f"next: {results['next']}", soft_wrap=True, highlight=False)
