@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from fer.labels import EXPRESSIONS
 from fer.metrics import Array
 from fer.runs import write_bytes
 
@@ -105,7 +106,7 @@ def embedding_figure(panels: Sequence[Panel], title: str) -> Figure:
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     width = COLUMN if columns == 1 else PAGE
-    names = list(dict.fromkeys(name for panel in panels for name in panel.class_names))
+    looks = _looks(list(dict.fromkeys(name for panel in panels for name in panel.class_names)))
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(width, 0.35 + 0.3 + rows * (width / columns + 0.12)), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -114,22 +115,25 @@ def embedding_figure(panels: Sequence[Panel], title: str) -> Figure:
         for axes, panel in zip(grid, panels, strict=False):
             for k, name in enumerate(panel.class_names):
                 x, y = panel.points[panel.label == k].T
-                colour, shape = _look(names.index(name))
+                colour, shape = looks[name]
                 axes.scatter(x, y, color=colour, marker=shape, s=5 if len(panel.points) > 500 else 12, linewidths=0)
             axes.set_title(panel.title)
             axes.set(xticks=(), yticks=())
             axes.set_box_aspect(1)
         handles = [
             Line2D([], [], linestyle="", markersize=4, markeredgewidth=0, label=name, color=colour, marker=shape)
-            for name, (colour, shape) in ((name, _look(i)) for i, name in enumerate(names))
+            for name, (colour, shape) in looks.items()
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=4 if columns == 1 else 8, handletextpad=0.1)
         figure.suptitle(title, fontsize=7.5)
     return figure
 
 
-def _look(number: int) -> tuple[str, str]:
-    return COLOURS[number % len(COLOURS)], SHAPES[number % len(SHAPES)]
+def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and shape of each class: an expression has its own in every figure, other classes have what is left."""
+    others = [name for name in names if name not in EXPRESSIONS]
+    order = {name: place for place, name in enumerate((*EXPRESSIONS, *others))}
+    return {name: (COLOURS[order[name] % len(COLOURS)], SHAPES[order[name] % len(SHAPES)]) for name in names}
 
 
 def attention_figure(right: Sequence[Shown], wrong: Sequence[Shown], title: str) -> Figure:

@@ -78,7 +78,7 @@ def model_card(run: TrainedRun, preprocessing: dict[str, Any], temperature: floa
         crop=round(preprocessing["store_size"] * preprocessing["crop_pct"]),
         data=facts["data"],
         form=facts["form"],
-        split=facts["split"] if "split" in facts else results["protocol"]["_target_"].rpartition(".")[2],
+        split=facts["split"],
         copies="; ".join(f"{number:,} {what}" for what, number in facts["copies"].items() if number) or "none",
         counts=facts["counts"],
         **{key: preprocessing[key] for key in ("store_size", "channels", "image_size", "mean", "std")},
