@@ -102,7 +102,7 @@ def test_its_folder_is_one_the_report_reads(evaluated: Path, whole: Path) -> Non
     assert original.settings.items() < run.settings.items()
     assert {name for name in run.settings if name not in original.settings} == {
         "evaluation.part",
-        *(f"evaluation.networks.0.{key}" for key in ("model", "data", "fold")),
+        *(f"evaluation.networks.0.{key}" for key in ("model", "data", "trained_fold")),
     }
     for name in ("evaluation.md", "reliability.png", "coverage.png", "robustness.png", "confusion_test.png"):
         assert (evaluated / name).stat().st_size > 500

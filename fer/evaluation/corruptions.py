@@ -151,7 +151,7 @@ def places_of(manifest: Manifest, windows: Array) -> tuple[Array, Array]:
     out = np.tile(aligned_places(), (len(manifest), 1, 1))
     if "organ_boxes" not in known:
         return out, np.zeros(len(manifest), dtype=bool)
-    there: Array = np.isfinite(known["organ_boxes"]).all(axis=(1, 2))
+    there: Array = np.asarray(np.isfinite(known["organ_boxes"]).all(axis=(1, 2)))
     out[there, 1:] = known["organ_boxes"][there]
     if "box" in known:
         boxed = np.isfinite(known["box"]).all(axis=1)

@@ -180,8 +180,8 @@ def _config(subject: Subject, answers: Answers, protocol_name: str) -> dict[str,
     plain["evaluation"] = {
         "part": "own test part" if subject.matching is None else "another data set",
         "networks": [
-            {key: run.results[key] for key in ("model", "data", "fold")}
-            | ({"seed": run.results["seed"]} if len(subject.runs) > 1 else {})
+            {"model": run.results["model"], "data": run.results["data"], "trained_fold": run.results["fold"]}
+            | ({"trained_seed": run.results["seed"]} if len(subject.runs) > 1 else {})
             for run in subject.runs
         ],
     }

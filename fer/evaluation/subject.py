@@ -108,7 +108,7 @@ class Subject:
                 return None
             for part, rows in own.split.parts():
                 out[part] = max(out[part], int(np.isin(tested, own.store.copies[rows]).sum()))
-        return dict(out)
+        return {str(part): count for part, count in out.items()}
 
 
 def open_subject(config: DictConfig, paths: Sequence[Path]) -> Subject:
