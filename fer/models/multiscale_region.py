@@ -84,8 +84,8 @@ class MultiscaleRegion(FaceDetector):
         options: See `DetectorOptions`.
 
     Raises:
-        UserError: ``rois`` or ``scales`` is none of these, the image is not a multiple of 32 pixels, or faces are wanted
-            without a detector.
+        UserError: ``rois`` or ``scales`` is none of these, the image is not a multiple of 32 pixels, or faces are
+            wanted without a detector.
     """
 
     network: MultiscaleRegionNetwork
