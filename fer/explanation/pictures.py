@@ -155,9 +155,15 @@ def attention_figure(right: Sequence[Shown], wrong: Sequence[Shown], title: str)
             for line, shown in zip(grid, rows, strict=True):
                 _attention_row(line, shown, heads)
             for axes, head in zip(grid[0], heads, strict=True):
-                axes.set_title("\n".join(textwrap.wrap(head.replace(".", ". "), 13)).replace(". ", "."), fontsize=6)
+                axes.set_title(_broken(head), fontsize=6)
         figure.suptitle("\n".join(textwrap.wrap(title, round(19 * figure.get_size_inches()[0]))), fontsize=7.5)
     return figure
+
+
+def _broken(name: str) -> str:
+    """A module's name in short lines, broken behind dots and underscores."""
+    words = textwrap.wrap(name.replace(".", ". ").replace("_", "_ "), 13)
+    return "\n".join(words).replace(". ", ".").replace("_ ", "_")
 
 
 def _attention_row(line: Sequence[Axes], shown: Shown, heads: Sequence[str]) -> None:
