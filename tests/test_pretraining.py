@@ -372,7 +372,7 @@ def test_a_done_run_is_left_alone_and_another_one_refused(runs: Runs, cache: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_stopped_run_goes_on_to_the_same_weights(task: str, tmp_path: Path, cache: Path, monkeypatch: Any) -> None:
-    """Stopped in the middle of the second epoch; the weights' file is the same to the byte."""
+    """Stopped in the middle of the second epoch; weights and curves are the same to the last bit."""
     more = [f"data.cache={cache}", "trainer.max_epochs=3", "trainer.checkpoint_steps=1"]
     config = [*words(task), *more]
     run_pretraining(composed(*config, command="pretrain"), tmp_path / "whole", command="x")
@@ -391,7 +391,11 @@ def test_a_stopped_run_goes_on_to_the_same_weights(task: str, tmp_path: Path, ca
     run_pretraining(composed(*config, command="pretrain"), tmp_path / "stopped", command="x")
     whole, stopped_too = (read_json(tmp_path / name / "results.json") for name in ("whole", "stopped"))
     assert stopped_too["resumed_from_step"] == 3
-    assert whole["sha256"] == stopped_too["sha256"]
+    # Tensor by tensor: safetensors writes its metadata in no fixed order, so the files' checksums differ.
+    files = [str(tmp_path / name / whole["file"]) for name in ("whole", "stopped")]
+    weights, others = (read_weights(file, "x", "y").tensors for file in files)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
     assert whole["metrics"] == stopped_too["metrics"]
     curves = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "stopped")]
     assert curves[0] == curves[1]
