@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fer.config import CONF, USER_MISTAKE, argument_problems, check_command_line, guarded, refuse_unsafe
+from fer.config import CONF, USER_MISTAKE, argument_problems, check_command_line, guarded, resolved
 from fer.errors import UserError
 
 CONFIG = "check"
@@ -36,11 +35,7 @@ def run(config: DictConfig) -> int:
     Raises:
         UserError: anything the user can mend, all problems of the config at once.
     """
-    refuse_unsafe(config)
-    try:
-        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise UserError(f"the config does not resolve: {error}") from None
+    plain = resolved(config)
     problems = argument_problems({"data": plain["data"]}) + _value_problems(plain)
     if problems:
         raise UserError("\n".join(problems))

@@ -133,6 +133,20 @@ def refuse_unsafe(config: DictConfig) -> None:
         raise UserError("\n".join(problems))
 
 
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The config as plain values, its targets found on the allow-list first.
+
+    Raises:
+        UserError: a refused entry, or a value that does not resolve.
+    """
+    refuse_unsafe(config)
+    try:
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(f"the config does not resolve: {error}") from None
+    return plain
+
+
 def user_mistake(error: Exception) -> UserError | None:
     """The mistake of the user's behind an exception, if that is what it is and ``FER_DEBUG=1`` is not set."""
     # Hydra wraps what a constructor raises.

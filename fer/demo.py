@@ -4,13 +4,11 @@ python -m fer.demo run=outputs/.../<run>
 """
 
 import sys
-from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from fer.config import CONF, argument_problems, check_command_line, guarded, refuse_unsafe
+from fer.config import CONF, argument_problems, check_command_line, guarded, resolved
 from fer.errors import UserError
 from fer.predict import make_recognizer, run_problems
 
@@ -23,11 +21,7 @@ def run(config: DictConfig) -> None:
     Raises:
         UserError: anything the user can mend, all problems of the config at once.
     """
-    refuse_unsafe(config)
-    try:
-        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise UserError(f"the config does not resolve: {error}") from None
+    plain = resolved(config)
     problems = argument_problems({"detector": plain["detector"]}) + run_problems(plain)
     port = plain["port"]
     if isinstance(port, bool) or not isinstance(port, int) or not 1024 <= port <= 65535:

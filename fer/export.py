@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from fer.config import CONF, check_command_line, guarded, refuse_unsafe
+from fer.config import CONF, check_command_line, guarded, resolved
 from fer.errors import UserError
 
 CONFIG = "export"
@@ -25,11 +24,7 @@ def run(config: DictConfig) -> None:
     Raises:
         UserError: anything the user can mend.
     """
-    refuse_unsafe(config)
-    try:
-        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise UserError(f"the config does not resolve: {error}") from None
+    plain = resolved(config)
     problems = _problems(plain)
     if problems:
         raise UserError("\n".join(problems))

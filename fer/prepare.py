@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from fer.config import CONF, argument_problems, check_command_line, guarded, refuse_unsafe
+from fer.config import CONF, argument_problems, check_command_line, guarded, resolved
 from fer.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,11 +29,7 @@ def run(config: DictConfig) -> None:
     Raises:
         UserError: anything the user can mend, all problems of the config at once.
     """
-    refuse_unsafe(config)
-    try:
-        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise UserError(f"the config does not resolve: {error}") from None
+    plain = resolved(config)
     problems = argument_problems({"data": plain["data"], "detector": plain["detector"]}) + _value_problems(plain)
     if problems:
         raise UserError("\n".join(problems))

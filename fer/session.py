@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fer.config import argument_problems, unsafe_entries
+from fer.config import argument_problems, resolved
 from fer.data.base import ExpressionDataModule
 from fer.data.manifest import PARTS
 from fer.errors import UserError
@@ -45,13 +44,7 @@ def preflight(config: DictConfig, keys: Sequence[str] = TRAINED) -> ExpressionDa
     Raises:
         UserError: all problems, a line each.
     """
-    problems = unsafe_entries(config)
-    if problems:
-        raise UserError("\n".join(problems))
-    try:
-        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise UserError(f"the config does not resolve: {error}") from None
+    plain = resolved(config)
     problems = [p for key in keys for p in argument_problems({key: plain[key]})]
     if problems:
         raise UserError("\n".join(problems))
