@@ -16,7 +16,7 @@ from fer.errors import UserError
 from fer.experiment import run_experiment
 from fer.layers.boxes import best_boxes, decode, encode, grid_anchors
 from fer.layers.region_loss import focal_binary, focal_softmax, head_loss, proposal_loss
-from fer.layers.region_pyramid import STRIDES, RegionHead, crop
+from fer.layers.region_pyramid import STRIDES, FeaturePyramid, RegionHead, crop
 from fer.layers.regions import FACE, Regions, jittered, without_duplicates
 from fer.models.multiscale_region import MultiscaleRegion
 
@@ -119,6 +119,25 @@ def test_crops_are_those_of_torchvision_at_the_level_of_each_box():
             maps, row = pyramid[level - 3][b : b + 1], torch.cat([torch.zeros(1), box])[None]
             plain.append(roi_align(maps, row, 7, 1 / 2**level, sampling_ratio=2, aligned=True))
     torch.testing.assert_close(seen[0], torch.cat(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_the_smallest_map_has_its_gradient_in_low_precision():
+    """P6 of a 64-pixel image is one cell, where bf16 convolutions on a CPU with AMX give gradients of unset memory."""
+    torch.manual_seed(0)
+    pyramid = FeaturePyramid([8, 8, 8], 16, finest_only=False).to(memory_format=torch.channels_last)
+    maps = [torch.randn(2, 8, side, side).contiguous(memory_format=torch.channels_last) for side in (8, 4, 2)]
+    gradients = []
+    for low in (False, True):
+        for _ in range(20):
+            del_soon = [torch.full((size,), float("nan")) for size in (500, 2_000, 8_000, 40_000)]
+            del del_soon
+            pyramid.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                loss = sum(level.float().sum() for level in pyramid(maps))
+            loss.backward()
+            gradients.append(pyramid.p7.weight.grad.clone())
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=0.1, atol=0.05)
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
