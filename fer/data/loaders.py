@@ -5,6 +5,7 @@ Two loaders give the same kind of batch: `ResidentLoader` slices a tensor that h
 how far the epoch has come. Lightning saves `state_dict` with the trainer and calls ``sampler.set_epoch``.
 """
 
+import abc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,7 +60,7 @@ class EpochSampler:
             skipped = 0
 
 
-class _Loader:
+class _Loader(abc.ABC):
     """What both loaders share: length, and a state that says which batch comes next."""
 
     def __init__(self, sampler: EpochSampler, remember_position: bool) -> None:
@@ -74,8 +75,9 @@ class _Loader:
     def __len__(self) -> int:
         return len(self.sampler)
 
+    @abc.abstractmethod
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        raise NotImplementedError
+        """The epoch's batches from the sampler's position on."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch in self._batches():
