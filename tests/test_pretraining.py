@@ -432,7 +432,7 @@ def test_the_command_line(task: str, tmp_path: Path) -> None:
     """Two steps from a folder of unlabelled pictures, or of drawn faces; then training on the weights."""
     for i in range(64):
         save(tmp_path / "faces" / f"{i:06d}.jpg", picture(i % 7, i, size=64, colour=True))
-    more = [*COMMANDS[task].split(), "data.batch_size=16", "trainer.limit_train_batches=2", "hydra.run.dir=run"]
+    more = [*COMMANDS[task].split(), "data.batch_size=16", "+trainer.limit_train_batches=2", "hydra.run.dir=run"]
     line = [sys.executable, "-m", "fer.pretrain", f"task={task}", *QUICK, *TASKS[task], *more]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
