@@ -61,7 +61,7 @@ class FeaturePyramid(nn.Module):
             return smoothed
         p6 = self.p6(maps[-1])
         # In bf16 a CPU with AMX leaves the gradient of a 3x3 convolution of a single cell unset: arbitrary numbers.
-        with torch.autocast(p6.device.type, enabled=False):
+        with torch.autocast("cpu", enabled=False):
             p7 = self.p7(p6.relu().to(self.p7.weight.dtype))
         return [*smoothed, p6, p7]
 
