@@ -10,7 +10,7 @@ import lightning
 import torch
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.table import Table
 
 from fer.callbacks import Predictions, Randomness, Recorder, WandbPictures, measure_flops, stamps_of
@@ -24,7 +24,7 @@ from fer.models.base import ExpressionModule
 from fer.models.detection import FaceDetector
 from fer.models.multiscale_region import MultiscaleRegion
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
-from fer.session import claim, console, preflight, print_data, set_threads, status_kept
+from fer.session import claim, console, preflight, print_data, record_of, set_threads, status_kept
 from fer.trainer import Trainer, load_checkpoint, quieten
 
 
@@ -61,9 +61,7 @@ def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", 
             config.model[option] = value
     if not follower:
         print_data(facts)
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    plain["data"]["root"] = str(Path(config.data.root).absolute()) if config.data.root else ""
-    plain["data"]["cache"] = str(Path(config.data.cache).absolute())
+    plain = record_of(config)
     if follower:
         config.logger = None
         return _train_and_test(config, plain, folder, data, facts, folder.last.exists(), "", [])

@@ -8,6 +8,7 @@ import sys
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ def preflight(config: DictConfig, keys: Sequence[str] = TRAINED) -> ExpressionDa
         raise UserError(f"data._target_={config.data._target_} is no data set: expected an ExpressionDataModule")
     data.check_root()
     return data
+
+
+def record_of(config: DictConfig) -> dict[str, Any]:
+    """The resolved config as a run keeps it: the data's folders absolute, so that it goes on from anywhere."""
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    plain["data"]["root"] = str(Path(config.data.root).absolute()) if config.data.root else ""
+    plain["data"]["cache"] = str(Path(config.data.cache).absolute())
+    return plain
 
 
 def claim(

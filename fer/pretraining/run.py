@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fer.callbacks import Curves, Randomness
 from fer.config import several_devices
@@ -19,7 +19,7 @@ from fer.errors import UserError
 from fer.loggers import Wandb
 from fer.pretraining.base import Pretraining
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
-from fer.session import claim, console, preflight, print_data, set_threads, status_kept
+from fer.session import claim, console, preflight, print_data, record_of, set_threads, status_kept
 from fer.trainer import Trainer, load_checkpoint, quieten
 from fer.weights import write_weights
 
@@ -76,9 +76,7 @@ def run_pretraining(config: DictConfig, folder_path: Path, *, command: str = "",
         config.task[option] = value
     facts = data.facts()
     print_data(facts)
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    plain["data"]["root"] = str(Path(config.data.root).absolute()) if config.data.root else ""
-    plain["data"]["cache"] = str(Path(config.data.cache).absolute())
+    plain = record_of(config)
     state, run_id = claim(folder, config, plain, data, facts, command, resumed)
     if state == "done":
         print_summary(read_json(folder.results), folder)
