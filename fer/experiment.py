@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import get_class, instantiate
+from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.table import Table
@@ -74,6 +75,25 @@ def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", 
         return _train_and_test(config, plain, folder, data, facts, state == "unfinished", run_id, loggers)
 
 
+def watchers(config: DictConfig, folder: RunFolder, module: ExpressionModule) -> list[Callback]:
+    """The callbacks of a run, in the order in which they act."""
+    average = WeightAverage(config.trainer.weight_ema) if config.trainer.weight_ema is not None else None
+    recorder = Recorder(folder, config.trainer.checkpoint_minutes, config.trainer.checkpoint_steps, average)
+    predictions = Predictions(folder)
+    # Randomness comes before what draws from it.
+    callbacks = [Randomness(config.seed), instantiate(config.mix), *([average] if average else [])]
+    callbacks += [recorder, predictions, WandbPictures(folder, predictions, recorder)]
+    if isinstance(module, FaceDetector) and module.detection:
+        callbacks.append(Detections(folder))
+    if isinstance(module, MultiscaleRegion) and module.rois != "none":
+        callbacks.append(RegionPicture(folder))
+    if config.trainer.patience is not None:
+        callbacks.append(EarlyStopping(module.monitor, patience=config.trainer.patience, mode="max"))
+    if config.trainer.enable_progress_bar:
+        callbacks.append(RichProgressBar(refresh_rate=20))
+    return callbacks
+
+
 def _train_and_test(
     config: DictConfig,
     plain: dict[str, Any],
@@ -89,23 +109,9 @@ def _train_and_test(
         raise UserError(f"model._target_={config.model._target_} is no model: expected an ExpressionModule")
     for node in (config.logger or {}).values():
         loggers.append(instantiate(node, run_id=run_id, save_dir=str(folder.path)))
-    average = WeightAverage(config.trainer.weight_ema) if config.trainer.weight_ema is not None else None
-    recorder = Recorder(folder, config.trainer.checkpoint_minutes, config.trainer.checkpoint_steps, average)
-    predictions = Predictions(folder)
-    # Randomness comes before what draws from it.
-    callbacks = [Randomness(config.seed), instantiate(config.mix), *([average] if average else [])]
-    callbacks += [recorder, predictions, WandbPictures(folder, predictions, recorder)]
-    detections = Detections(folder) if isinstance(module, FaceDetector) and module.detection else None
-    if detections is not None:
-        callbacks.append(detections)
-    if isinstance(module, MultiscaleRegion) and module.rois != "none":
-        callbacks.append(RegionPicture(folder))
-    if config.trainer.patience is not None:
-        callbacks.append(
-            lightning.pytorch.callbacks.EarlyStopping(module.monitor, patience=config.trainer.patience, mode="max")
-        )
-    if config.trainer.enable_progress_bar:
-        callbacks.append(lightning.pytorch.callbacks.RichProgressBar(refresh_rate=20))
+    callbacks = watchers(config, folder, module)
+    recorder = next(c for c in callbacks if isinstance(c, Recorder))
+    detections = next((c for c in callbacks if isinstance(c, Detections)), None)
     trainer = instantiate(
         config.trainer,
         callbacks=callbacks,
