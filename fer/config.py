@@ -5,20 +5,23 @@ command first composes the config itself, the way Hydra will, and holds each tar
 without importing it. Nothing here imports torch: help and mistyped options answer at once.
 """
 
+import errno
 import importlib
 import importlib.util
 import inspect
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -26,72 +29,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fer.errors import UserError
+from fer.safety import read_config, refuse_unsafe, walk
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 USER_MISTAKE = 2
-
-# A target is one class directly in one of these modules; never a function, never a module reached through another.
-ALLOWED_MODULES = (
-    r"fer(\.[a-z][a-z0-9_]*)+",
-    r"torch\.optim",
-    r"torch\.optim\.lr_scheduler",
-    r"lightning\.pytorch\.callbacks",
-    r"albumentations",
-    r"hydra\._internal\.core_plugins\.basic_(launcher|sweeper)",
-    r"hydra_plugins\.hydra_(joblib|submitit|ray)_launcher\.(joblib|submitit|ray)_launcher",
-    r"hydra_plugins\.hydra_optuna_sweeper\.optuna_sweeper",
-    r"optuna\.samplers",
-)
-_ALLOWED = re.compile(rf"(?P<module>{'|'.join(ALLOWED_MODULES)})\.(?P<name>[A-Z][A-Za-z0-9]*)")
-_ALLOWED_LOG_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter")
-_ALLOWED_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
-# Options by which a launcher or sweeper would run commands or functions of its own.
-_STARTERS = ("setup", "runtime_env", "custom_search_space")
-
-
-def _walk(node: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Yield (path of the holder, key, value) of every key in a plain container."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        yield path, str(key), value
-        yield from _walk(value, f"{path}.{key}" if path else str(key))
-
-
-def target_problem(target: Any) -> str | None:
-    """Why a ``_target_`` may not be used, or None. Decided from its name alone, nothing is imported."""
-    found = _ALLOWED.fullmatch(target) if isinstance(target, str) else None
-    if found is None:
-        return "it is not on the allow-list (a class of fer, torch.optim, albumentations or Lightning's callbacks)"
-    if not found["module"].startswith("fer."):
-        return None
-    # A module of ours also holds what it imported; only a class written in it counts.
-    source = CONF.parent / (found["module"].replace(".", "/") + ".py")
-    if not source.is_file() or not re.search(rf"^class {found['name']}\b", source.read_text(), re.MULTILINE):
-        return f"{source.name} defines no such class"
-    return None
-
-
-def unsafe_entries(config: DictConfig) -> list[str]:
-    """Every entry of a config, ``hydra.*`` included, that would run something not on the allow-list."""
-    problems = []
-    for path, key, value in _walk(OmegaConf.to_container(config, resolve=False)):
-        if key == "_target_":
-            why = target_problem(value)
-            if why:
-                problems.append(f"{path}._target_={value} is refused: {why}")
-        elif f"{path}.".startswith(("hydra.launcher.", "hydra.sweeper.")):
-            # A line break would end a line of the script that SLURM runs.
-            if (key in _STARTERS and value) or "\n" in f"{key}{value}":
-                problems.append(f"{path}.{key} is refused: prepare what a job needs before the command, not in it")
-        elif "logging" in path.split(".")[0:2] or path.startswith(("hydra.job_logging", "hydra.hydra_logging")):
-            # These go to logging.config.dictConfig, which calls what "()" or "class" names.
-            bad_class = key == "class" and value not in _ALLOWED_LOG_CLASSES
-            bad_stream = isinstance(value, str) and "ext://" in value and value not in _ALLOWED_STREAMS
-            if key in ("()", "factory") or bad_class or bad_stream:
-                problems.append(
-                    f"{path}.{key}={value} is refused: logging may use {', '.join(_ALLOWED_LOG_CLASSES)} only"
-                )
-    return problems
+_ROOM = "make room, and the same command goes on: what was saved before is whole"
+_PLACE = "choose another folder, or let this user write to that one"
+_DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR), _PLACE),
+    errno.EIO: "the disk reports an error; what was saved before is whole, copy it elsewhere and go on there",
+}
 
 
 def _use_our_launchers() -> None:
@@ -110,27 +58,31 @@ def compose_like_hydra(config_name: str, argv: list[str]) -> DictConfig:
 
     Raises:
         HydraException or OmegaConfBaseException: a mistyped option, as Hydra words it.
+        UserError: an option by which Hydra would read or run something else, or a file under conf/ that is no YAML.
     """
     args = get_args_parser().parse_args(argv)
-    if args.config_path or args.config_dir:
-        # Both would let Hydra read another folder's YAML than the one checked here.
-        raise UserError("--config-path and --config-dir are not used here; add files under conf/ or use overrides")
+    if args.config_path or args.config_dir or args.config_name:
+        # They would let Hydra read other YAML than what is checked here.
+        raise UserError(
+            "--config-path, --config-dir and --config-name are not used here; add files under conf/ or use overrides"
+        )
+    if args.experimental_rerun:
+        raise UserError("--experimental-rerun is refused: it unpickles its file; resume=<run folder> continues a run")
+    if any(word.lstrip("+~").startswith("hydra.searchpath") for word in args.overrides):
+        # Refused here already: composing imports the packages it names.
+        raise UserError("hydra.searchpath is refused: configs come from conf/ alone; put the files there")
     _use_our_launchers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        return loader.load_configuration(
-            config_name=args.config_name or config_name,
-            overrides=args.overrides,
-            run_mode=RunMode.MULTIRUN,
-            from_shell=True,
-        )
-
-
-def refuse_unsafe(config: DictConfig) -> None:
-    """Raise UserError naming every refused entry."""
-    problems = unsafe_entries(config)
-    if problems:
-        raise UserError("\n".join(problems))
+        try:
+            return loader.load_configuration(
+                config_name=config_name,
+                overrides=args.overrides,
+                run_mode=RunMode.MULTIRUN,
+                from_shell=True,
+            )
+        except yaml.YAMLError as error:
+            raise UserError(f"a file under conf/ is no YAML: {' '.join(str(error).split())}") from None
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
@@ -151,7 +103,28 @@ def user_mistake(error: Exception) -> UserError | None:
     """The mistake of the user's behind an exception, if that is what it is and ``FER_DEBUG=1`` is not set."""
     # Hydra wraps what a constructor raises.
     mistake = error.__cause__ if isinstance(error, InstantiationException) else error
+    if isinstance(mistake, TypeError | ValueError) and mistake is not error:
+        mistake = UserError(f"{' '.join(str(error).split())} (a value its class cannot use; FER_DEBUG=1 shows where)")
+    if isinstance(mistake, OSError) and mistake.errno in _DISK:
+        mistake = UserError(f"{mistake.filename or 'a file'}: {mistake.strerror}; {_DISK[mistake.errno]}")
     return mistake if isinstance(mistake, UserError) and os.environ.get("FER_DEBUG") != "1" else None
+
+
+def check_run_folder(config: DictConfig) -> None:
+    """Refuse a run folder that nothing can be written to, before Hydra does so with a traceback.
+
+    Args:
+        config: the command line's composition.
+
+    Raises:
+        OSError: as the system words it, which `guarded` makes a sentence of.
+    """
+    HydraConfig.instance().set_config(config)
+    place = Path(config.hydra.run.dir).absolute()
+    while not place.exists():
+        place = place.parent
+    with tempfile.TemporaryFile(dir=place):
+        pass
 
 
 def guarded(command: Callable[[], Any]) -> Any:
@@ -161,7 +134,7 @@ def guarded(command: Callable[[], Any]) -> Any:
     """
     try:
         return command()
-    except (UserError, InstantiationException) as error:
+    except (UserError, InstantiationException, OSError) as error:
         mistake = user_mistake(error)
         if mistake is None:
             raise
@@ -216,11 +189,7 @@ def config_of_run(folder: Path, command: str) -> DictConfig:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"resume={folder}: {path} is missing, expected a run folder written by {command}")
-    config = OmegaConf.load(path)
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{path} is no config: expected the file {command} wrote")
-    refuse_unsafe(config)
-    return config
+    return read_config(path, command)
 
 
 def check_command_line(config_name: str, argv: list[str]) -> DictConfig:
@@ -232,7 +201,7 @@ def check_command_line(config_name: str, argv: list[str]) -> DictConfig:
     if any(flag in argv for flag in ("--help", "-h", "--hydra-help", "--version")):
         argv = [word for word in argv if not word.startswith("-")]
     try:
-        config = compose_like_hydra(config_name, argv)
+        config: DictConfig = guarded(lambda: compose_like_hydra(config_name, argv))
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -247,7 +216,7 @@ def argument_problems(config: dict[str, Any]) -> list[str]:
         config: resolved plain config, its targets already found on the allow-list.
     """
     problems = []
-    nodes = [("", config), *((f"{p}.{k}".strip("."), v) for p, k, v in _walk(config) if isinstance(v, dict))]
+    nodes = [("", config), *((f"{p}.{k}".strip("."), v) for p, k, v in walk(config) if isinstance(v, dict))]
     for path, node in nodes:
         if "_target_" not in node:
             continue

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from fer.config import CONF, check_command_line, guarded, refuse_unsafe
+from fer.config import CONF, check_command_line, guarded
 from fer.errors import UserError
 from fer.labels import EXPRESSIONS
+from fer.safety import refuse_unsafe
 from fer.wandb_server import address, has_credentials, reachable
 
 if TYPE_CHECKING:

@@ -19,10 +19,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from fer.config import argument_problems, refuse_unsafe
+from fer.config import argument_problems
 from fer.data.transforms import Augment, Finish
 from fer.errors import UserError
 from fer.models.base import ExpressionModule
+from fer.safety import refuse_unsafe
 from fer.trained import INITIAL_WEIGHTS
 
 

@@ -35,7 +35,7 @@ from rich.console import Console
 
 from fer.config import CONF, user_mistake
 from fer.runs import RunFolder, job_key, read_json, without_paths, write_json, write_text
-from fer.sweep_checks import GRID, check_devices, check_launcher, check_search, is_search
+from fer.sweep_checks import GRID, check_choices, check_devices, check_launcher, check_search, is_search
 
 log = logging.getLogger(__name__)
 FAILED, INTERRUPTED = 1, 130  # exit codes
@@ -87,6 +87,7 @@ def plan(config: DictConfig, words: list[str]) -> Plan:
     parser = OverridesParser.create(config_loader=ConfigLoaderImpl(create_config_search_path(str(CONF))))
     parsed = {o.get_key_element(): o for o in parser.parse_overrides([*params, *config.hydra.overrides.task])}
     swept = [override for override in parsed.values() if override.is_sweep_override()]
+    check_choices("train", words, swept)
     fixed = ["group", *(override.key_or_group for override in parsed.values() if override not in swept)]
     folder = _folder(config, sorted(str(override.input_line) for override in swept))
     jobs = None
@@ -209,7 +210,7 @@ def _run(config: DictConfig, folder: RunFolder, hydra: Any) -> tuple[str, float]
 
     words = [word for word in hydra.overrides.task if not word.startswith(("group=", "fresh="))]
     command = shlex.join(["python", "-m", "fer.train", "hydra.mode=RUN", *words])
-    continued = folder.last.exists()
+    continued = folder.has_checkpoint()
     value = run_experiment(config, folder.path, command=command)
     folder.set_status("done", quick_key=key)
     if before.get("status") == "done":

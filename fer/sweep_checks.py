@@ -2,12 +2,15 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from fer.config import several_devices
+from fer.config import CONF, compose_like_hydra, several_devices
 from fer.errors import UserError
+from fer.safety import refuse_unsafe
 
 GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
@@ -40,6 +43,24 @@ def check_launcher(config: DictConfig) -> None:
                 f"hydra.launcher.ray.remote.num_gpus={launcher.ray.remote.num_gpus}, but this machine has no GPU: "
                 "hydra.launcher.ray.remote.num_gpus=0 runs on its CPU"
             )
+
+
+def check_choices(config_name: str, words: Sequence[str], swept: Sequence[Override]) -> None:
+    """Check the files a sweep chooses among: Hydra acts on a job's own ``hydra`` node before the job's code runs.
+
+    Args:
+        config_name: the command's config.
+        words: the command line.
+        swept: what is swept.
+
+    Raises:
+        UserError: one of them names something that may not run.
+    """
+    for override in swept:
+        if override.is_discrete_sweep() and (CONF / override.key_or_group).is_dir():
+            others = [word for word in words if word != override.input_line]
+            for choice in override.sweep_string_iterator():
+                refuse_unsafe(compose_like_hydra(config_name, [*others, f"{override.get_key_element()}={choice}"]))
 
 
 def check_devices(config: DictConfig) -> None:

@@ -12,13 +12,14 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from fer.config import argument_problems, refuse_unsafe
+from fer.checkpoints import load_best
+from fer.config import argument_problems, resolved
 from fer.data.base import ExpressionDataModule
 from fer.data.transforms import Finish
 from fer.errors import UserError
 from fer.models.base import ExpressionModule
 from fer.runs import RunFolder, code_version, read_json
-from fer.trainer import load_checkpoint
+from fer.safety import read_config
 
 log = logging.getLogger(__name__)
 # Where initial weights come from; a checkpoint has its own, so nothing is fetched for them again.
@@ -84,10 +85,9 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> TrainedRun:
     folder = RunFolder(path)
     if not folder.config.is_file():
         raise UserError(f"run={path}: {folder.config} is missing, expected a run folder written by python -m fer.train")
-    config = OmegaConf.load(folder.config)
-    if not isinstance(config, DictConfig) or not all(isinstance(config.get(k), DictConfig) for k in ("model", "data")):
-        raise UserError(f"{folder.config} is no config: expected the file python -m fer.train wrote")
-    refuse_unsafe(config)
+    config = read_config(folder.config, "python -m fer.train")
+    if not all(OmegaConf.is_dict(OmegaConf.select(config, key)) for key in ("model", "data")):
+        raise UserError(f"{folder.config} has no model and data: expected the file python -m fer.train wrote")
     if not folder.best.is_file() or not folder.results.is_file():
         raise UserError(
             f"run={path} was not finished ({folder.status().get('status', 'never started')}): go on with it by "
@@ -97,22 +97,22 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> TrainedRun:
     for key, value in INITIAL_WEIGHTS.items():
         if key in config.model:
             config.model[key] = value
-    plain = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("model", "data")}
+    plain = {key: resolved(config[key]) for key in ("model", "data")}
     problems = argument_problems(plain)
     if problems:
         raise UserError(f"run={path} is of other code than this: " + "; ".join(problems))
     module = instantiate(config.model)
     if not isinstance(module, ExpressionModule):
         raise UserError(f"{folder.config}: model._target_={config.model._target_} is no model")
-    _load(module, folder.best)
+    _load(module, folder)
     if results["code_version"] != code_version():
         log.info("the code has changed since %s was trained", path)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     return TrainedRun(folder, config, results, module.eval().to(place))
 
 
-def _load(module: ExpressionModule, path: Path) -> None:
-    checkpoint = load_checkpoint(path)
+def _load(module: ExpressionModule, folder: RunFolder) -> None:
+    checkpoint, path = load_best(folder), folder.best
     known = checkpoint.get("fer", {})
     if known.get("class_names") != module.class_names:
         raise UserError(

@@ -4,7 +4,8 @@ import pytest
 from conftest import composed
 from omegaconf import OmegaConf
 
-from fer.config import CONF, argument_problems, unsafe_entries
+from fer.config import CONF, argument_problems
+from fer.safety import unsafe_entries
 
 ALL = sorted(path for path in CONF.rglob("*.yaml"))
 CHOICES = [

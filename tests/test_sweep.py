@@ -21,10 +21,11 @@ from omegaconf import OmegaConf
 from scipy import stats
 from test_train import wandb_records
 
-from fer.config import CONF, compose_like_hydra, is_sweep, unsafe_entries
+from fer.config import CONF, compose_like_hydra, is_sweep
 from fer.errors import UserError
 from fer.models.base import ExpressionModule
 from fer.reporting.aggregate import aggregate, failures, markdown
+from fer.safety import unsafe_entries
 from fer.sweep import Plan, alone, plan
 from fer.sweep_checks import check_search
 from fer.train import run as train_one
