@@ -26,6 +26,7 @@ from fer.models.detection import FaceDetector
 from fer.models.multiscale_region import MultiscaleRegion
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
 from fer.session import claim, console, preflight, print_data, record_of, set_threads, status_kept
+from fer.starting import begin_with, pinned
 from fer.trainer import Trainer, load_checkpoint, quieten
 
 
@@ -63,6 +64,8 @@ def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", 
     if not follower:
         print_data(facts)
     plain = record_of(config)
+    if config.start_from is not None:
+        plain["start_from"] = config.start_from = pinned(config.start_from)
     if follower:
         config.logger = None
         return _train_and_test(config, plain, folder, data, facts, folder.last.exists(), "", [])
@@ -107,6 +110,8 @@ def _train_and_test(
     module = instantiate(config.model)
     if not isinstance(module, ExpressionModule):
         raise UserError(f"model._target_={config.model._target_} is no model: expected an ExpressionModule")
+    if config.start_from is not None:
+        begin_with(module, config.start_from, data)
     for node in (config.logger or {}).values():
         loggers.append(instantiate(node, run_id=run_id, save_dir=str(folder.path)))
     callbacks = watchers(config, folder, module)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fer.errors import UserError
 from fer.runs import write_bytes, write_text
 
-_GIVEN = "@sha256:"  # path@sha256:<checksum>, as containers are named
+AT_SHA256 = "@sha256:"  # path@sha256:<checksum>, as containers are named
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_weights(place: str, option: str, instead: str) -> Weights:
     Raises:
         UserError: no such file, another checksum, or a file that holds something else than weights.
     """
-    name, _, given = place.partition(_GIVEN)
+    name, _, given = place.partition(AT_SHA256)
     path, beside = Path(name), Path(f"{name}.sha256")
     if not path.is_file():
         raise UserError(f"{option}: there is no file {path}; {instead}")

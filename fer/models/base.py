@@ -73,6 +73,7 @@ class ExpressionModule(LightningModule, abc.ABC):
         self.mean, self.std = list(mean), list(std)
         self.loss_function = loss
         self.optim = optim
+        self.began: list[str] = []  # what results must say of the weights it began with
         self.tallies = nn.ModuleDict({stage: Tally(self.num_classes) for stage in ("train_", "val", "test")})
         # Each device counts for itself; data-parallel training would overwrite the others' counts with the first one's.
         self._ddp_params_and_buffers_to_ignore = [f"tallies.{name}" for name, _ in self.tallies.named_buffers()]
@@ -80,7 +81,7 @@ class ExpressionModule(LightningModule, abc.ABC):
     @property
     def stamps(self) -> list[str]:
         """Sentences every result of this module must carry."""
-        return [self.leaky] if self.leaky else []
+        return [*([self.leaky] if self.leaky else []), *self.began]
 
     # -- what a subclass says -------------------------------------------------------------------------------------
 
