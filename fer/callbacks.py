@@ -46,7 +46,12 @@ class Randomness(Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Reseed; the multiplier keeps neighbouring seeds' streams apart."""
-        torch.manual_seed(self.seed * 1_000_000_007 + trainer.global_step + (trainer.global_rank << 48))
+        seed = self.seed * 1_000_000_007 + trainer.global_step + (trainer.global_rank << 48)
+        # Not torch.manual_seed: for each kind of device the machine lacks, that notes the call with its stack, forever.
+        torch.default_generator.manual_seed(seed)
+        device = trainer.strategy.root_device
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
 
 
 def stamps_of(data: ExpressionDataModule, module: ExpressionModule) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import get_class, instantiate
-from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.table import Table
@@ -26,6 +26,7 @@ from fer.models.detection import FaceDetector
 from fer.models.multiscale_region import MultiscaleRegion
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
 from fer.session import claim, console, preflight, print_data, record_of, set_threads, status_kept
+from fer.progress import Bar
 from fer.starting import begin_with, pinned
 from fer.trainer import Trainer, load_checkpoint, quieten
 
@@ -93,7 +94,7 @@ def watchers(config: DictConfig, folder: RunFolder, module: ExpressionModule) ->
     if config.trainer.patience is not None:
         callbacks.append(EarlyStopping(module.monitor, patience=config.trainer.patience, mode="max"))
     if config.trainer.enable_progress_bar:
-        callbacks.append(RichProgressBar(refresh_rate=20))
+        callbacks.append(Bar())
     return callbacks
 
 

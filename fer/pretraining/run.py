@@ -19,6 +19,7 @@ from fer.errors import UserError
 from fer.loggers import Wandb
 from fer.pretraining.base import Pretraining
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
+from fer.progress import Bar
 from fer.session import claim, console, preflight, print_data, record_of, set_threads, status_kept
 from fer.trainer import Trainer, load_checkpoint, quieten
 from fer.weights import write_weights
@@ -104,7 +105,7 @@ def _train(
     curves = LowestKept(folder, config.trainer.checkpoint_minutes, config.trainer.checkpoint_steps)
     callbacks: list[Any] = [Randomness(config.seed), curves]
     if config.trainer.enable_progress_bar:
-        callbacks.append(lightning.pytorch.callbacks.RichProgressBar(refresh_rate=20))
+        callbacks.append(Bar())
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder.path))
     assert isinstance(trainer, Trainer)
     if trainer.channels_last:
