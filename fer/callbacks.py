@@ -282,10 +282,9 @@ class WandbPictures(Callback):
                 title=f"{part} confusion matrix",
             )
         content["test/most_confidently_wrong"] = self._wrong(data, wandb)
-        run = logger.experiment
-        run.log(content)
-        run.summary["best_epoch"] = self.recorder.best_epoch
-        run.summary[f"best/{module.monitor}"] = self.recorder.best
+        best = {"best_epoch": self.recorder.best_epoch, f"best/{module.monitor}": self.recorder.best}
+        logger.attempt(lambda run: run.log(content))
+        logger.attempt(lambda run: run.summary.update(best))
 
     def _wrong(self, data: ExpressionDataModule, wandb: Any) -> Any:
         label, probabilities = self.predictions.label, self.predictions.probabilities

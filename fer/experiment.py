@@ -126,10 +126,10 @@ def _train_and_test(
     )
     assert isinstance(trainer, Trainer)
     stamps = stamps_of(data, module)
+    split = {key: facts[key] for key in ("split", "fold", "selected_on")}
     for logger in loggers:
         if not unfinished:
-            split = {key: facts[key] for key in ("split", "fold", "selected_on")}
-            logger.experiment.config.update({**plain, **split, "stamps": stamps})
+            logger.attempt(lambda run: run.config.update({**plain, **split, "stamps": stamps}))
     if trainer.channels_last:
         module = module.to(memory_format=torch.channels_last)
     threads = set_threads(trainer, module, data)

@@ -1,7 +1,13 @@
-"""The W&B logger: online with credentials and a reachable server, offline otherwise, decided before any wait."""
+"""The W&B logger: recorded in the run folder, uploaded beside the run where there are credentials and a server.
 
+Neither W&B's server nor its local process can hold a run up or end it: `fer.wandb_upload` waits for the one, and a run
+whose record breaks off goes on without it, since everything is in the run folder's own files too.
+"""
+
+import contextlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +16,10 @@ from lightning.pytorch.loggers import WandbLogger
 
 from fer.reporting.aggregate import title
 from fer.reporting.figures import confusion_figure
-from fer.wandb_server import choose_mode
+from fer.wandb_server import choose_way
+from fer.wandb_upload import Upload
 
 log = logging.getLogger(__name__)
-
-
-def _mode(asked: str) -> Any:
-    return choose_mode() if asked == "auto" else asked
 
 
 class Wandb(WandbLogger):
@@ -27,7 +30,9 @@ class Wandb(WandbLogger):
         group: runs that belong together: a sweep, or all runs of one data set and model.
         job_type: ``train``, ``fold``, ``eval`` or ``summary``.
         tags: words to filter by.
-        mode: ``auto`` (see `fer.wandb_server.choose_mode`), ``online`` or ``offline``.
+        mode: ``auto`` (see `fer.wandb_server.choose_way`), ``online`` (W&B's own client, which may wait for its
+            server) or ``offline``.
+        upload_seconds: how long the run's end waits for an upload, which goes on without it then.
         run_id: the run's id, the same again after a resume.
         name: the run's name.
         save_dir: the run folder.
@@ -42,12 +47,16 @@ class Wandb(WandbLogger):
         job_type: str,
         tags: list[str],
         mode: str,
+        upload_seconds: float,
         run_id: str,
         name: str,
         save_dir: str,
     ) -> None:
-        chosen = _mode(mode)
-        log.info("W&B: %s", chosen if chosen == "online" else f"{chosen}; `wandb sync` uploads the run later")
+        way = choose_way(mode)
+        log.info("W&B: %s", way.said)
+        self.upload_seconds = upload_seconds
+        self.uploads = way.upload
+        self.upload: Upload | None = None
         options: dict[str, Any] = {"entity": entity, "group": group, "job_type": job_type, "tags": list(tags)}
         os.environ.setdefault("WANDB_SILENT", "true")
         super().__init__(
@@ -56,12 +65,44 @@ class Wandb(WandbLogger):
             save_dir=save_dir,
             id=run_id,
             resume="allow",
-            mode=chosen,
+            mode=way.mode,
             log_model=False,
             **options,
         )
         # Lightning passes this on although W&B no longer knows it and warns.
         self._wandb_init.pop("anonymous", None)
+
+    def attempt(self, work: Callable[[Any], Any]) -> None:
+        """Let W&B record something; without it the run goes on.
+
+        Args:
+            work: called with W&B's run.
+        """
+        import wandb
+
+        try:
+            work(self.experiment)
+            if self.uploads and self.upload is None:
+                self.upload = Upload(Path(self.experiment.settings.sync_file))
+        except (OSError, wandb.errors.Error) as error:  # its local process was killed, or cannot write
+            log.warning("W&B's record ends here, the run goes on and its own files hold everything: %s", error)
+            with contextlib.suppress(OSError):
+                wandb.teardown()  # or this process's next run would look for the dead one
+            self._experiment = wandb.init(mode="disabled")
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """As in Lightning."""
+        self.attempt(lambda _: super(Wandb, self).log_metrics(metrics, step))
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **options: Any) -> None:
+        """As in Lightning."""
+        self.attempt(lambda _: super(Wandb, self).log_image(key, images, step, **options))
+
+    def finish(self, exit_code: int) -> None:
+        """End W&B's run; 0 shows it as finished, anything else as failed."""
+        self.attempt(lambda run: run.finish(exit_code=exit_code))
+        if self.upload is not None:
+            self.upload.finish(self.upload_seconds)
 
 
 def log_summary(node: Any, folder: Path, run_id: str, kind: str, command: str, record: dict[str, Any]) -> None:
@@ -78,6 +119,7 @@ def log_summary(node: Any, folder: Path, run_id: str, kind: str, command: str, r
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    way = choose_way(node.mode)
     names = {name for group in record["groups"] for name in (group["model"], group["data"], group["protocol"]) if name}
     run = wandb.init(
         project=node.project,
@@ -88,7 +130,7 @@ def log_summary(node: Any, folder: Path, run_id: str, kind: str, command: str, r
         tags=[*sorted(names), kind],
         id=run_id,
         resume="allow",
-        mode=_mode(node.mode),
+        mode=way.mode,
         dir=str(folder),
         config={"sweep": folder.name, "command": command, "jobs": record["jobs"]},
     )
@@ -102,6 +144,8 @@ def log_summary(node: Any, folder: Path, run_id: str, kind: str, command: str, r
             run.summary[f"{place}n"] = group["n"]
     finally:
         run.finish()
+    if way.upload:
+        Upload(Path(run.settings.sync_file)).finish(node.upload_seconds)
 
 
 def _summary_content(record: dict[str, Any], wandb: Any) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def status_kept(folder: RunFolder, loggers: list[Wandb]) -> Iterator[None]:
     finally:
         for logger in loggers:
             # Unless finished with its code, W&B shows a failed run as finished, and the next job logs into this run.
-            logger.experiment.finish(exit_code=exit_code)
+            logger.finish(exit_code)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

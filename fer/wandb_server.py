@@ -4,9 +4,10 @@ import netrc
 import os
 import socket
 import threading
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
-PROBE_SECONDS = 1.5
+PROBE_SECONDS = 1.0
 
 
 def address() -> tuple[str, int]:
@@ -42,10 +43,34 @@ def reachable(host: str, port: int, seconds: float = PROBE_SECONDS) -> bool:
     return bool(answer and answer[0])
 
 
-def choose_mode() -> str:
-    """``online`` or ``offline`` (or ``disabled``, where WANDB_MODE says so)."""
-    asked = os.environ.get("WANDB_MODE")
-    if asked:
-        return asked
+class Way(NamedTuple):
+    """How a run is recorded.
+
+    Attributes:
+        mode: W&B's own word: ``online``, ``offline``, ``disabled``.
+        upload: an offline record is uploaded beside the run (`fer.wandb_upload`).
+        said: a sentence for the person.
+    """
+
+    mode: Any  # the parameter of wandb.init is a Literal
+    upload: bool
+    said: str
+
+
+def choose_way(asked: str) -> Way:
+    """How to record, decided before any wait.
+
+    Args:
+        asked: ``auto``, or one of W&B's modes.
+    """
+    asked = os.environ.get("WANDB_MODE", asked)
+    if asked != "auto":
+        return Way(asked, False, asked)
     host, port = address()
-    return "online" if has_credentials(host) and reachable(host, port) else "offline"
+    if not has_credentials(host):
+        return Way("offline", False, f"offline, no credentials for {host}; `wandb sync` uploads the run later")
+    if not reachable(host, port):
+        return Way("offline", False, f"offline, {host}:{port} does not answer; `wandb sync` uploads the run later")
+    if "WANDB_SWEEP_ID" in os.environ:  # W&B's agent has to know of the run before it goes on
+        return Way("online", False, "online")
+    return Way("offline", True, f"recorded here, and uploaded to {host} beside the run")

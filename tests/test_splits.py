@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TINY, composed
+from fake_wandb import wandb_records
 from fakes import WRITERS
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
-from test_train import wandb_records
 from torch import Tensor, nn
 
 from fer.callbacks import Predictions

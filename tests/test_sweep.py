@@ -17,9 +17,9 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import TINY, composed, train
+from fake_wandb import wandb_records
 from omegaconf import OmegaConf
 from scipy import stats
-from test_train import wandb_records
 
 from fer.config import CONF, compose_like_hydra, is_sweep
 from fer.errors import UserError

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TINY, composed, train
+from fake_wandb import wandb_records
 
 from fer.config import guarded
 from fer.errors import UserError
@@ -80,27 +80,6 @@ def test_the_chosen_epoch_is_the_best_on_validation(whole: Path) -> None:
     assert {"train/loss", "train/acc", "val/acc", "val/mean_acc", "val/macro_f1", "val/ece", "val/nll", "lr"} <= set(
         curves
     )
-
-
-def wandb_records(folder: Path) -> list[Any]:
-    """Records of an offline run: LevelDB's log framing (32 KiB blocks, 7-byte headers) around protocol buffers."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, place, records, parts = path.read_bytes(), 7, [], b""
-    while place + 7 <= len(data):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            records.append(record)
-            parts = b""
-    return records
 
 
 def test_wandb_record_holds_config_curves_and_confusions(whole: Path) -> None:

@@ -101,7 +101,7 @@ def _train(
     for node in (config.logger or {}).values():
         loggers.append(instantiate(node, run_id=run_id, save_dir=str(folder.path)))
         if not unfinished:
-            loggers[-1].experiment.config.update(plain)
+            loggers[-1].attempt(lambda run: run.config.update(plain))
     curves = LowestKept(folder, config.trainer.checkpoint_minutes, config.trainer.checkpoint_steps)
     callbacks: list[Any] = [Randomness(config.seed), curves]
     if config.trainer.enable_progress_bar:
