@@ -24,9 +24,10 @@ from fer.data.base import ExpressionDataModule
 from fer.data.batched import uniform
 from fer.data.loaders import EpochSampler, StoreDataset, WorkerLoader
 from fer.data.manifest import MIRROR, Manifest
+from fer.data.per_image import PerImage, WorkerAugment, read
 from fer.data.places import follow, inverse
 from fer.data.rand_augment import OPERATIONS, PAINTS, RandAugment, _painted
-from fer.data.transforms import Augment, Finish, PerImage
+from fer.data.transforms import Augment, Finish
 from fer.errors import UserError
 
 RECIPES = sorted(path.stem for path in (CONF / "augment").glob("[!_]*.yaml"))
@@ -289,16 +290,12 @@ def test_what_is_outside_or_missing_is_nan() -> None:
 
 def test_a_pipeline_that_bends_is_refused_where_places_must_follow() -> None:
     bend = albumentations.ElasticTransform(alpha=80, sigma=8, p=1.0)
-    augment = Augment(crop_pct=1.0, crops_per_image=1, batched=None, per_image=[bend])
     image = np.zeros((64, 64, 1), np.uint8)
-    assert PerImage(augment, 64, 0, track=False)(image, 0, 0)["image"].shape == (64, 64, 1)
-    with pytest.raises(UserError, match=r"augment\.per_image"):
-        PerImage(augment, 64, 0, track=True)(image, 0, 0)
+    assert PerImage([bend], 0, track=False)(image, 0, 0)[0].shape == (64, 64, 1)
     lean = albumentations.Perspective(scale=(0.1, 0.2), p=1.0)
-    with pytest.raises(UserError, match=r"augment\.per_image"):
-        PerImage(Augment(crop_pct=1.0, crops_per_image=1, batched=None, per_image=[lean]), 64, 0, track=True)(
-            image, 0, 0
-        )
+    for transform in (bend, lean, albumentations.SomeOf([lean], n=1)):
+        with pytest.raises(UserError, match=r"augment\.per_image"):
+            PerImage([transform], 0, track=True)(image, 0, 0)
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
@@ -319,8 +316,7 @@ def test_every_recipe_in_both_forms_on_grey_and_colour(name: str) -> None:
         images = stored.reshape(24, 64, 64, channels)
         batch = {"image": torch.from_numpy(images), "index": torch.arange(24)}
         batched = finish(augment, 56)(batch, 3)["image"]
-        worker = PerImage(augment, 64, 0, track=True)
-        seen = [worker(image, 3, row)["image"] for row, image in enumerate(images)]
+        seen = WorkerAugment(augment, 56, 0, track=True)(images, 3, np.arange(24))["image"]
         per_image = finish(augment, 56, augmented=True)({**batch, "image": torch.from_numpy(np.stack(seen))}, 3)[
             "image"
         ]
@@ -334,6 +330,35 @@ def test_every_recipe_in_both_forms_on_grey_and_colour(name: str) -> None:
             # The same picture on the whole, or two thirds of it: not noise, not another image.
             if name in ("light", "cbam_resnet", "standard", "multiscale_region"):
                 assert (out.mean((1, 2, 3)) - plain.mean((1, 2, 3))).abs().median() < 0.15
+
+
+@pytest.mark.parametrize("name", ["light", "crop_flip", "strong"])
+def test_workers_move_an_image_as_the_device_does(name: str) -> None:
+    """Both forms draw the same geometry; smooth pictures, on which interpolations agree."""
+    augment = geometry_only(name)
+    y, x = np.mgrid[:64, :64] / 64
+    rows = np.arange(40)
+    waves = [np.sin(2 * x + 0.1 * r) * np.cos(3 * y - 0.2 * r) + x * (r % 3) / 3 for r in range(40)]
+    images = np.rint(100 + 60 * np.stack(waves)[..., None]).astype(np.uint8)
+    for size in (56, 59, 80, 40):
+        batch = {"image": torch.from_numpy(images), "index": torch.from_numpy(rows)}
+        device = finish(augment, size)(batch, 3)["image"][:, 0]
+        seen = np.stack(WorkerAugment(augment, size, 0, track=False)(images, 3, rows)["image"])[..., 0]
+        assert (device - torch.from_numpy(seen) / 255).abs().max() < 0.02
+
+
+def test_an_image_is_copied_where_that_suffices() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+    np.testing.assert_array_equal(read(image, np.array([[1.0, 0, 3], [0, 1, 2]]), 16), image[2:18, 3:19])
+    mirrored = read(image, np.array([[-1.0, 0, 18], [0, 1, 0]]), 16)
+    np.testing.assert_array_equal(mirrored, image[:16, 3:19][:, ::-1])
+    whole = read(image, np.array([[1.0, 0, 0], [0, 1, 0]]), 20)
+    assert not np.shares_memory(whole, image)  # albumentations may write into it
+    larger = read(image, np.array([[0.5, 0, -0.25], [0, 0.5, -0.25]]), 40)
+    np.testing.assert_array_equal(larger, cv2.resize(image, (40, 40), interpolation=cv2.INTER_LINEAR))
+    outside = read(image, np.array([[1.0, 0, -4], [0, 1, 0]]), 20)
+    np.testing.assert_array_equal(outside[:, 4:], image[:, :16])
+    assert (outside[:, :4] == image[:, :1]).all()  # the edge repeated
 
 
 def test_a_resized_crop_lies_in_the_image() -> None:
@@ -451,15 +476,14 @@ class Flips(Dataset[int]):
 
     def __init__(self, ours: bool) -> None:
         flip, hole = albumentations.HorizontalFlip(p=0.5), albumentations.CoarseDropout(fill=9, p=0.5)
-        augment = Augment(crop_pct=1.0, crops_per_image=1, batched=None, per_image=[flip, hole])
-        self.ours = PerImage(augment, 32, 0, track=False) if ours else None
+        self.ours = PerImage([flip, hole], 0, track=False) if ours else None
         self.theirs = albumentations.Compose([flip, hole], seed=0)
         self.image = np.tile(np.arange(32, dtype=np.uint8), (32, 1))[..., None]
 
     def __getitem__(self, place: tuple[int, int]) -> Any:
         epoch, row = place
         image = self.image.copy()
-        out = self.ours(image, epoch, row)["image"] if self.ours else self.theirs(image=image)["image"]
+        out = self.ours(image, epoch, row)[0] if self.ours else self.theirs(image=image)["image"]
         return torch.from_numpy(out)
 
     def read(self, epoch: int) -> torch.Tensor:
@@ -524,8 +548,9 @@ class Records(StoreDataset):
         super().__init__(images, {}, None)
         self.records = [{"label": random.random(), "item": f"{i}.jpg"} for i in range(n)]
 
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        return {**super().__getitem__(place), **{"label": self.records[place[1]]["label"]}}
+    def __getitems__(self, place: tuple[int, Any]) -> dict[str, torch.Tensor]:
+        labels = [self.records[row]["label"] for row in place[1]]
+        return {**super().__getitems__(place), "label": torch.tensor(labels)}
 
 
 def own_memory(pid: int) -> int:
@@ -563,6 +588,6 @@ def test_workers_do_not_grow_with_a_large_manifest(tmp_path: Path) -> None:
         "landmarks": np.zeros((n, 5, 2), np.float32),
     }
     augment = recipe("light", flip=0.5)
-    worker = PerImage(augment, 8, 0, track=True)
+    worker = WorkerAugment(augment, 8, 0, track=True)
     assert growth(StoreDataset(images, fields, worker), augment, n, 100) < 1_000_000
     assert growth(Records(images, n), augment, n, 100) > 1_000_000  # the measure sees what it should

@@ -29,12 +29,13 @@ from lightning import LightningDataModule
 from fer.data.images import BadImage, read_image
 from fer.data.loaders import EpochSampler, Order, ResidentLoader, StoreDataset, WorkerLoader
 from fer.data.manifest import PARTS, Array, Manifest, Part
+from fer.data.per_image import WorkerAugment
 from fer.data.places import PLACES, relative
 from fer.data.protocols import Protocol
 from fer.data.regions import with_regions
 from fer.data.splits import Split
 from fer.data.store import Store, open_store, stat_fingerprint
-from fer.data.transforms import TTA_VIEWS, Augment, Finish, PerImage
+from fer.data.transforms import TTA_VIEWS, Augment, Finish
 from fer.errors import UserError
 from fer.faces.framing import Framing
 from fer.labels import index_map
@@ -370,7 +371,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
             return ResidentLoader(sampler, *self._resident_tensors(device), finish, remember_position=train)
         fields = self._fields()
         track = any(key in fields for key in PLACES)
-        augment = PerImage(self.augment, self.store_size, self.seed, track) if train else None
+        augment = WorkerAugment(self.augment, self.image_size, self.seed, track) if train else None
         dataset = StoreDataset(self.store.images, fields, augment)
         return WorkerLoader(sampler, dataset, self.num_workers, device, finish, remember_position=train)
 

@@ -24,13 +24,23 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
+def _mix_number(x: int) -> int:
+    """`_mix` of one number, as a signed 64-bit integer; on the host, so that no step copies one to the device."""
+    low = (1 << 64) - 1
+    x &= low
+    x = ((x ^ (x >> 30)) * _MIX_1) & low
+    x = ((x ^ (x >> 27)) * _MIX_2) & low
+    x ^= x >> 31
+    return x - (1 << 64) if x >> 63 else x
+
+
 def uniform(seed: int, epoch: int, index: Tensor, draws: int) -> Tensor:
     """(B, draws) float32 in [0, 1), a pure function of (seed, epoch, index) and the draw's number.
 
     A counter-based generator rather than `torch.Generator`, because each image's numbers must not depend on which
     images share its batch.
     """
-    key = _mix(torch.tensor(seed * 1_000_003 + epoch, dtype=torch.long, device=index.device) * _GOLDEN)
+    key = _mix_number((seed * 1_000_003 + epoch) * _GOLDEN)
     state = _mix(index[:, None] * _GOLDEN + key) + torch.arange(1, draws + 1, device=index.device) * _GOLDEN
     return ((_mix(state) >> 40) & 0xFFFFFF).float() / (1 << 24)
 
@@ -117,6 +127,10 @@ class BatchAugment:
         if self.rand_augment:
             image = self.rand_augment.paint(image, u[:, _DRAWS:])
         return (self._erase(image, u) if self.erase else image), source
+
+    def source(self, index: Tensor, epoch: int, seed: int, crop: int, side: int) -> Tensor:
+        """(B, 2, 3) where in images of ``side`` each place of the result is read, but for RandAugment's changes."""
+        return self._source(uniform(seed, epoch, index, _DRAWS), crop, side)
 
     def _source(self, u: Tensor, crop: int, side: int) -> Tensor:
         """(B, 2, 3) maps from the result to the image."""

@@ -13,9 +13,10 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fer.data.manifest import Array
+from fer.errors import UserError
 
 Order = Callable[[int], Array]  # epoch -> rows of the manifest, in the order in which they are seen
 
@@ -50,14 +51,19 @@ class EpochSampler:
     def __len__(self) -> int:
         return self.passes * self.pass_batches
 
-    def __iter__(self) -> Iterator[tuple[int, Array]]:
-        """Yield (epoch, rows of a batch) from the current position on; every pass has an epoch's number of its own."""
+    def runs(self) -> Iterator[tuple[int, Array]]:
+        """Yield (epoch, rows) of each pass from the current position on; a pass has an epoch's number of its own."""
         first, skipped = divmod(self.position, self.pass_batches)
         for epoch in range(self.epoch * self.passes + first, (self.epoch + 1) * self.passes):
             rows = self.order(epoch)[self.rank :: self.world_size]
-            for start in range(skipped, self.pass_batches):
-                yield epoch, rows[start * self.batch_size : (start + 1) * self.batch_size]
+            yield epoch, rows[skipped * self.batch_size : self.pass_batches * self.batch_size]
             skipped = 0
+
+    def __iter__(self) -> Iterator[tuple[int, Array]]:
+        """Yield (epoch, rows of a batch) from the current position on."""
+        for epoch, rows in self.runs():
+            for start in range(0, len(rows), self.batch_size):
+                yield epoch, rows[start : start + self.batch_size]
 
 
 class _Loader(abc.ABC):
@@ -115,32 +121,41 @@ class ResidentLoader(_Loader):
         self.images, self.fields, self.finish = images, fields, finish
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        for epoch, rows in self.sampler:
-            index = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
-            batch = {key: values[index] for key, values in self.fields.items()}
-            yield self.finish({"image": self.images[index], "index": index, **batch}, epoch)
+        for epoch, rows in self.sampler.runs():
+            # The order goes to the device once a pass: a copy in every step would wait for the device each time.
+            order = torch.from_numpy(np.ascontiguousarray(rows)).to(self.images.device)
+            for index in order.split(self.sampler.batch_size):
+                batch = {key: values[index] for key, values in self.fields.items()}
+                yield self.finish({"image": self.images[index], "index": index, **batch}, epoch)
 
 
-class StoreDataset(Dataset[dict[str, Any]]):
-    """Images of the store by (epoch, row), augmented per image; what a worker process holds.
+Augmented = Callable[[Array, int, Array], dict[str, Any]]  # images of the store, epoch, rows -> lists and tensors
+
+
+class StoreDataset(Dataset[dict[str, Tensor]]):
+    """Images of the store by (epoch, rows of a batch), augmented per image; what a worker process holds.
 
     Keeps numpy arrays only: Python lists would be copied into every worker by reference counting.
     """
 
-    def __init__(
-        self, images: Array, fields: dict[str, Array], augment: Callable[[Array, int, int], dict[str, Array]] | None
-    ) -> None:
+    def __init__(self, images: Array, fields: dict[str, Array], augment: Augmented | None) -> None:
         self.images, self.fields, self.augment = images, fields, augment
 
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        epoch, row = place
-        image = np.array(self.images[row])
-        seen = {"image": image} if self.augment is None else self.augment(image, epoch, row)
-        return {**seen, "index": row, **{key: values[row] for key, values in self.fields.items()}}
+    def __getitems__(self, place: tuple[int, Array]) -> dict[str, Tensor]:
+        epoch, rows = place
+        images = self.images.view(np.ndarray)  # taking rows of a memory map itself costs more
+        seen = {"image": [images[row] for row in rows]} if self.augment is None else self.augment(images, epoch, rows)
+        fields = {key: torch.from_numpy(values[rows]) for key, values in self.fields.items()}
+        # In a worker the library's own way of stacking writes straight into memory shared with the parent.
+        return {**seen, "image": default_collate(seen["image"]), "index": torch.from_numpy(rows), **fields}
+
+
+def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
 
 
 class _Places:
-    """The sampler as PyTorch's DataLoader wants it: lists of (epoch, row)."""
+    """The sampler as PyTorch's DataLoader wants it: (epoch, rows of a batch)."""
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
@@ -148,9 +163,9 @@ class _Places:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[tuple[int, Array]]:
         for epoch, rows in self.sampler:
-            yield [(epoch, int(row)) for row in rows]
+            yield epoch, np.ascontiguousarray(rows)
 
 
 def _init_worker(_: int) -> None:
@@ -166,7 +181,7 @@ class WorkerLoader(_Loader):
         dataset: images by (epoch, row).
         num_workers: processes; 0 reads in this process.
         device: where batches go.
-        finish: crop, resize and normalise, as in `ResidentLoader`.
+        finish: the last step, as in `ResidentLoader`.
         remember_position: a training loader, whose position a checkpoint keeps.
     """
 
@@ -188,11 +203,24 @@ class WorkerLoader(_Loader):
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_init_worker,
+            collate_fn=_as_it_is,
         )
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         # A training loader moves its position while workers read ahead; the sampler's iterator has started by then,
         # so the position counts batches handed out, never batches read.
         epoch = self.sampler.epoch
-        for batch in self.loader:
+        batches = iter(self.loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(
+                    f"a data worker has died ({' '.join(str(error).split())}): mostly memory or /dev/shm ran out; "
+                    "lower data.num_workers, and the same command goes on"
+                ) from None
             yield self.finish({key: values.to(self.device, non_blocking=True) for key, values in batch.items()}, epoch)

@@ -1,24 +1,21 @@
 """What an image looks like in an epoch: a pure function of (seed, epoch, row), on either way to the network.
 
-`Augment` holds both forms of one recipe: `BatchAugment`, batched torch on the device for the resident path, and an
-albumentations pipeline per image for worker processes. Neither depends on batch size, worker count or resume. The two
-forms draw different numbers, so a run stays on one of them; which one is part of its results.
+`Augment` holds both forms of one recipe: `BatchAugment`, batched torch on the device for the resident path, and
+`fer.data.per_image.WorkerAugment`, OpenCV and albumentations per image in worker processes. Neither depends on batch
+size, worker count or resume. Both move an image alike but draw different numbers for light, colour and erasing, so a
+run stays on one of them; which one is part of its results.
 """
 
 import os
-import random
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fer.data.batched import BatchAugment
-from fer.data.manifest import Array
 from fer.data.places import PLACES, follow, inverse
-from fer.errors import UserError
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing must make no network call
 
@@ -33,8 +30,9 @@ class Augment:
         crop_pct: side of the crop as a share of the stored image: random in training, central in evaluation; 44/48 is
             the 44-pixel crop of a 48-pixel image.
         crops_per_image: how often a training epoch passes every image, each time augmented differently.
-        batched: the recipe on the device, or None for no augmentation.
-        per_image: albumentations transforms for worker processes, applied to the (S, S, C) uint8 image after the crop.
+        batched: the recipe on the device, whose crop, flip, rotation, zoom and shift worker processes apply too; None
+            for the central crop.
+        per_image: the rest of it in worker processes: albumentations transforms of the (size, size, C) uint8 input.
     """
 
     crop_pct: float
@@ -47,59 +45,10 @@ class Augment:
         return round(side * self.crop_pct)
 
 
-class PerImage:
-    """An albumentations pipeline seeded anew for every image from (seed, epoch, row).
-
-    Seeding once per worker, the library's own way, repeats augmentations between workers and epochs in 2.0.8. Its
-    ``set_random_seed`` also gives every transform a generator of its own with the same seed, so that all images that
-    are mirrored with probability 0.5 would be those that are erased with probability 0.5; here they share one.
-
-    Args:
-        augment: the recipe.
-        stored_side: side of the stored images.
-        seed: the run's seed.
-        track: tell where each image's places went, for boxes and landmarks.
-    """
-
-    def __init__(self, augment: Augment, stored_side: int, seed: int, track: bool) -> None:
-        import albumentations
-
-        crop = augment.crop_side(stored_side)
-        crops = [albumentations.RandomCrop(crop, crop)] if crop < stored_side else []
-        transforms = [*crops, *augment.per_image]
-        points = albumentations.KeypointParams("xy", remove_invisible=False) if track and transforms else None
-        self.pipeline = albumentations.Compose(transforms, keypoint_params=points)
-        self.seed, self.track = seed, track
-
-    def __call__(self, image: Array, epoch: int, row: int) -> dict[str, Array]:
-        """Augment one (S, S, C) uint8 image.
-
-        Returns:
-            ``image`` (H, W, C) uint8, and with ``track`` its ``matrix`` (2, 3) float32, the affine map from the stored
-            to the augmented image, both from -1 to 1.
-
-        Raises:
-            UserError: boxes or landmarks have to follow and the pipeline bends the image.
-        """
-        state = np.random.SeedSequence((self.seed, epoch, row)).generate_state(1)[0]
-        self.pipeline.set_random_state(np.random.default_rng(state), random.Random(int(state)))
-        if not self.track:
-            return {"image": self.pipeline(image=image)["image"]}
-        far = image.shape[0] - 1
-        corners = np.array([(0, 0), (far, 0), (0, far), (far, far)], dtype=np.float64)
-        out = self.pipeline(image=image, keypoints=corners)
-        moved = (np.asarray(out["keypoints"], dtype=np.float64) * 2 + 1) / out["image"].shape[1::-1] - 1
-        if len(moved) < 4 or np.abs(moved[1] + moved[2] - moved[0] - moved[3]).max() > 0.01:
-            raise UserError(
-                "augment.per_image: a transform bends the image, which boxes and landmarks cannot follow; use affine "
-                "ones only (flips, crops, rotation, zoom, shift, shear)"
-            )
-        corner, right, down, _ = moved
-        # The outermost pixels' centres lie at -far / (far + 1) and its opposite.
-        reach = far / (far + 1)
-        linear = np.stack([right - corner, down - corner], axis=1) / (2 * reach)
-        middle = (right + down) / 2
-        return {"image": out["image"], "matrix": np.column_stack([linear, middle]).astype(np.float32)}
+def central(side: int, crop: int) -> Tensor:
+    """(2, 3) the map, both from -1 to 1, from an image to its central crop."""
+    scale, shift = side / crop, (side - crop - 2 * ((side - crop) // 2)) / crop
+    return torch.tensor([[scale, 0, shift], [0, scale, shift]])
 
 
 class Finish:
@@ -111,7 +60,7 @@ class Finish:
         augment: the recipe.
         seed: the run's seed.
         train: augment (batched) or take the central crop.
-        augmented: the images come from worker processes, cropped and augmented already.
+        augmented: the images come from worker processes, augmented and of the input's size already.
         tta: views per image, see `TTA_VIEWS`; evaluation only.
     """
 
@@ -129,6 +78,7 @@ class Finish:
     ) -> None:
         self.size, self.augment, self.seed = size, augment, seed
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.plain = all(m == 0 for m in mean) and all(s == 1 for s in std)
         self.train, self.augmented, self.tta = train, augmented, tta
 
@@ -144,29 +94,42 @@ class Finish:
             The same with ``image`` (B, 3, size, size) float32, or (B, V, 3, size, size) for V > 1 views, and places in
             its pixels (of several views, in those of the central one).
         """
-        pixels = batch["image"].permute(0, 3, 1, 2).float().div_(255)
         places = any(key in batch for key in PLACES)
         matrix = None
-        if self.train and not self.augmented and self.augment.batched is not None:
-            crop = self.augment.crop_side(pixels.shape[-1])
-            image, source = self.augment.batched(pixels, batch["index"], epoch, self.seed, crop, self.size)
-            matrix = inverse(source) if places else None
-        elif self.train and self.augmented:
-            image = self._resize(pixels)
+        if self.train and self.augmented:
+            image = self._scaled(batch["image"])
             matrix = batch["matrix"] if places else None
         else:
-            image = self._views(pixels)
-            matrix = self._central(pixels) if places else None
+            pixels = batch["image"].permute(0, 3, 1, 2).float().div_(255)
+            side = pixels.shape[-1]
+            crop = self.augment.crop_side(side)
+            if self.train and self.augment.batched is not None:
+                image, source = self.augment.batched(pixels, batch["index"], epoch, self.seed, crop, self.size)
+                matrix = inverse(source) if places else None
+            else:
+                image = self._views(pixels)
+                matrix = central(side, crop).to(pixels.device).expand(len(pixels), 2, 3) if places else None
+            image = self._normalise(image)
         moved = {} if matrix is None else follow(batch, matrix, self.size)
         kept = {key: values for key, values in batch.items() if key != "matrix"}
-        return {**kept, **moved, "image": self._normalise(image)}
+        return {**kept, **moved, "image": image}
 
-    def _central(self, pixels: Tensor) -> Tensor:
-        """(B, 2, 3) the map of the central crop."""
-        side = pixels.shape[-1]
-        crop = self.augment.crop_side(side)
-        scale, shift = side / crop, (side - crop - 2 * ((side - crop) // 2)) / crop
-        return pixels.new_tensor([[scale, 0, shift], [0, scale, shift]]).expand(len(pixels), 2, 3)
+    def _scaled(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, C) uint8 -> (B, 3, H, W) float32 normalised; colour stays channels-last, as it came.
+
+        Colour is scaled by rows of pixels, so that the innermost loop is over hundreds of values and not over three.
+        """
+        if pixels.shape[-1] == 1:
+            return self._normalise(pixels.permute(0, 3, 1, 2).float().div_(255))
+        mean, std = self._moments(pixels.device)
+        factor, offset = ((1 / (255 * std)).flatten(), (-mean / std).flatten())
+        factor, offset = (row.repeat(pixels.shape[2]) for row in (factor, offset))
+        out = torch.empty(pixels.flatten(2).shape, device=pixels.device)
+        # On a CPU image by image, which stays in the cache between the three passes.
+        step = 1 if pixels.device.type == "cpu" else len(pixels)
+        for made, values in zip(out.split(step), pixels.flatten(2).split(step), strict=True):
+            made.copy_(values).mul_(factor).add_(offset)
+        return out.view(pixels.shape).permute(0, 3, 1, 2)
 
     def _resize(self, pixels: Tensor) -> Tensor:
         if pixels.shape[-2:] == (self.size, self.size):
@@ -190,4 +153,11 @@ class Finish:
             out = out.expand(*out.shape[:-3], 3, *out.shape[-2:])
         if self.plain:
             return out
-        return (out - self.mean.to(out.device)) / self.std.to(out.device)
+        mean, std = self._moments(out.device)
+        return (out - mean) / std
+
+    def _moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation on the device, copied there once: a copy in every step would wait for the device."""
+        if device not in self._placed:
+            self._placed[device] = (self.mean.to(device), self.std.to(device))
+        return self._placed[device]

@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 
 from fer.data.manifest import Array, Manifest
+from fer.data.per_image import PerImage
 from fer.data.places import relative
 from fer.data.regions import organ_boxes
-from fer.data.transforms import Augment, PerImage
 from fer.errors import UserError
 from fer.faces.align import BELOW_EYES, SIDE
 
@@ -52,9 +52,8 @@ class Pixels:
 
     def at(self, severity: int, side: int, seed: int) -> Corrupt:
         """See `Corruption.at`."""
-        chosen = Augment(crop_pct=1.0, crops_per_image=1, batched=None, per_image=[self.levels[severity - 1]])
-        pipeline = PerImage(chosen, side, seed, track=False)
-        return lambda image, places, row: pipeline(image, 0, row)["image"]
+        pipeline = PerImage([self.levels[severity - 1]], seed, track=False)
+        return lambda image, places, row: pipeline(image, 0, row)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
