@@ -11,8 +11,11 @@ PYTHON := .venv/bin/python
 SETUP := .venv/.complete
 endif
 
-.PHONY: help setup demo test reliability test-slow lint format .setup-active
+.PHONY: help setup demo test reliability test-minimum soak test-slow lint format .setup-active
 .DEFAULT_GOAL := help
+
+# What a run is made of: data, networks, training, evaluation, the report's data, W&B.
+MINIMUM := $(addprefix tests/test_,train.py data.py store.py models.py losses.py transforms.py evaluate.py safety.py supply_chain.py wandb.py)
 
 help:  ## explain every target
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +40,19 @@ test: $(SETUP)  ## the quick tests, under 10 core-minutes; FER_DATA=/path/to/dat
 
 reliability: $(SETUP)  ## runs and sweeps killed in their middle go on to the same figures, under 3 core-minutes
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m reliability
+
+test-minimum: .venv-minimum/.complete  ## tests of the main parts, with the oldest versions pyproject.toml admits
+	OMP_NUM_THREADS=1 .venv-minimum/bin/python -m pytest $(MINIMUM)
+
+.venv-minimum/.complete: pyproject.toml tests/minimum.py
+	python3 -m venv .venv-minimum
+	.venv-minimum/bin/python -m pip install --quiet --upgrade pip
+	.venv-minimum/bin/python tests/minimum.py > .venv-minimum/minimum.txt
+	.venv-minimum/bin/python -m pip install --quiet --prefer-binary --constraint .venv-minimum/minimum.txt --editable '.[dev]'
+	@touch $@
+
+soak: $(SETUP)  ## 10,000 steps and 10 jobs of a sweep watched for leaks, about 6 core-minutes
+	$(PYTHON) tests/soak.py
 
 test-slow: $(SETUP)  ## the slow tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow

@@ -1,0 +1,179 @@
+"""Long runs watched from outside: memory, file descriptors, threads and processes after every epoch and every job.
+
+python tests/soak.py                    10,000 steps and a sweep of 10 jobs; figures into docs/results/reliability.json
+python tests/soak.py steps=600 jobs=3   shorter
+
+A run whose figures grow ends the command with 1.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from conftest import TINY
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "reliability.json"
+STEPS_PER_EPOCH = 100
+WARM_UP = 0.2  # part of the samples before which memory pools and caches may still fill
+MEMORY = 4.0  # MiB that a process tree may grow by from warm-up to the end: half a MiB per 1,000 steps of 10,000
+RUN = [
+    *TINY,
+    "logger=csv",
+    f"data.train={4 * STEPS_PER_EPOCH}",
+    "data.batch_size=4",
+    "data.resident=no",
+    "data.num_workers=2",
+    "trainer.checkpoint_steps=25",
+]
+
+
+class Sample(NamedTuple):
+    """One look at a process and its descendants."""
+
+    pss: float  # MiB, memory shared between processes counted once
+    descriptors: int
+    threads: int
+    processes: int
+
+
+def sample(pid: int) -> Sample:
+    """Look at a process and its descendants now."""
+    pss = descriptors = threads = 0
+    tree = family(pid)
+    for member in tree:
+        try:
+            rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
+            pss += int(rollup.split("\nPss:")[1].split()[0])
+            descriptors += len(os.listdir(f"/proc/{member}/fd"))
+            threads += len(os.listdir(f"/proc/{member}/task"))
+        except (FileNotFoundError, ProcessLookupError, IndexError):  # it has just ended
+            continue
+    return Sample(pss / 1024, descriptors, threads, len(tree))
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    found = [pid]
+    for member in found:
+        for thread in Path(f"/proc/{member}/task").glob("*/children"):
+            found += [int(child) for child in thread.read_text().split()]
+    return found
+
+
+def growth(samples: list[Sample]) -> dict[str, float]:
+    """What grew after the warm-up.
+
+    Args:
+        samples: equally far apart.
+
+    Returns:
+        For each figure, the growth of its median from the first quarter after the warm-up to the last quarter, and for
+        memory (``pss_slope``) the slope of a fitted line times the time between those quarters, all in MiB or counts.
+    """
+    steady = np.array(samples[int(WARM_UP * len(samples)) :], float)
+    quarter = max(len(steady) // 4, 1)
+    grown = np.median(steady[-quarter:], 0) - np.median(steady[:quarter], 0)
+    slope = np.polyfit(np.arange(len(steady)), steady[:, 0], 1)[0] * (len(steady) - quarter)
+    return {**dict(zip(Sample._fields, grown.tolist(), strict=True)), "pss_slope": float(slope)}
+
+
+def problems(grown: dict[str, float]) -> list[str]:
+    """Sentences about what grew although it must not."""
+    found = [f"{name} grew by {grown[name]:g}" for name in Sample._fields[1:] if grown[name] > 0]
+    if min(grown["pss"], grown["pss_slope"]) > MEMORY:
+        found.append(f"memory grew by {grown['pss']:.1f} MiB")
+    return found
+
+
+def watch(words: list[str], folder: Path, done: Callable[[], int]) -> tuple[list[Sample], float]:
+    """Run a command and look at it each time more of it is done.
+
+    Args:
+        words: the command line after ``python -m fer.train``.
+        folder: where it runs.
+        done: how many epochs or jobs are done.
+
+    Returns:
+        A sample for each, and the command's CPU seconds.
+    """
+    samples: list[Sample] = []
+    before = os.times()
+    command = [sys.executable, "-m", "fer.train", *words]
+    environment = {**os.environ, "FER_CACHE": str(folder / "store"), "OMP_NUM_THREADS": "1", "NETRC": os.devnull}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        while process.poll() is None:
+            if done() > len(samples):
+                samples.append(sample(process.pid))
+            time.sleep(0.02)
+    assert process.returncode == 0, (folder / "log").read_text()[-2000:]
+    after = os.times()
+    return samples, after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def report(samples: list[Sample], cpu: float) -> dict[str, Any]:
+    """The figures of one watched command."""
+    grown = growth(samples)
+    warm = samples[int(WARM_UP * len(samples))]
+    return {
+        "samples": len(samples),
+        "warm": warm._asdict(),
+        "end": samples[-1]._asdict(),
+        "growth": grown,
+        "cpu_seconds": round(cpu, 1),
+        "problems": problems(grown),
+    }
+
+
+def training(steps: int) -> dict[str, Any]:
+    """One run of so many steps with workers, validation, and checkpoints within its epochs."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        curves = folder / "run" / "metrics.csv"
+
+        def epochs() -> int:
+            return curves.read_text().count("\n") - 1 if curves.exists() else 0
+
+        words = [*RUN, f"trainer.max_epochs={steps // STEPS_PER_EPOCH}", "hydra.run.dir=run"]
+        return {"steps": steps, **report(*watch(words, folder, epochs))}
+
+
+def sweep(jobs: int) -> dict[str, Any]:
+    """So many jobs in one process, each with W&B's offline logger and workers of its own."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        words = ["-m", *TINY, "data.resident=no", "trainer.max_epochs=1", f"seed={','.join(map(str, range(jobs)))}"]
+        words += ["hydra.sweep.dir=sweeps"]
+
+        def ended() -> int:
+            return len(list(folder.glob("sweeps/*/*/outcome.json")))
+
+        return {"jobs": jobs, **report(*watch(words, folder, ended))}
+
+
+def write(key: str, figures: Any) -> None:
+    """Put figures under one key of the page's data, the others left as they are."""
+    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    record[key] = figures
+    RESULTS.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    """The command."""
+    asked = dict(word.split("=") for word in sys.argv[1:])
+    figures = {"training": training(int(asked.get("steps", 10_000))), "sweep": sweep(int(asked.get("jobs", 10)))}
+    print(json.dumps(figures, indent=1))
+    if not asked:
+        write("soak", figures)
+    sys.exit(any(part["problems"] for part in figures.values()))
+
+
+if __name__ == "__main__":
+    main()
