@@ -25,7 +25,7 @@ from fer.models.base import ExpressionModule
 from fer.models.detection import FaceDetector
 from fer.models.multiscale_region import MultiscaleRegion
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
-from fer.session import claim, console, preflight, print_data, record_of, set_threads, status_kept
+from fer.session import claim, compiled, console, preflight, print_data, protect, record_of, set_threads, status_kept
 from fer.progress import Bar
 from fer.starting import begin_with, pinned
 from fer.trainer import Trainer, load_checkpoint, quieten
@@ -125,6 +125,7 @@ def _train_and_test(
         default_root_dir=str(folder.path),
     )
     assert isinstance(trainer, Trainer)
+    guard = protect(module, trainer, folder)
     stamps = stamps_of(data, module)
     split = {key: facts[key] for key in ("split", "fold", "selected_on")}
     for logger in loggers:
@@ -135,6 +136,7 @@ def _train_and_test(
     threads = set_threads(trainer, module, data)
     flops = measure_flops(module)
     parameters = sum(p.numel() for p in module.parameters())
+    compiled(module, trainer)
 
     trainer.fit(module, datamodule=data, ckpt_path=str(folder.last) if unfinished else None)
     if trainer.interrupted:
@@ -180,7 +182,7 @@ def _train_and_test(
         "metrics": metrics,
         "confusion": {part: read_json(folder.path / f"confusion_{part}.json")["counts"] for part in ("val", "test")},
         "tta": plain["data"]["tta"],
-        "stamps": stamps,
+        "stamps": [*stamps, *guard.stamps],
         "weights": module.weights,
         "data_facts": facts,
         "split_fingerprint": facts["fingerprint"],
@@ -204,6 +206,8 @@ def _train_and_test(
         "resident": data.is_resident(),
         "resumed_from_step": recorder.resumed_from_step,
         "steps": trainer.global_step,
+        "skipped_steps": guard.skipped,
+        "micro_batch": module.portions.micro_batch if module.portions is not None else None,
         "command": folder.status()["command"],
     }
     write_json(folder.results, results)

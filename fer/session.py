@@ -23,6 +23,8 @@ from fer.data.base import ExpressionDataModule
 from fer.data.manifest import PARTS
 from fer.errors import UserError
 from fer.loggers import Wandb
+from fer.models.guard import StepGuard
+from fer.models.steps import Portions, SteppedModule
 from fer.runs import RunFolder, State, code_version, job_key, write_json
 from fer.trainer import Trainer, choose_threads
 
@@ -148,6 +150,31 @@ def set_threads(trainer: Trainer, network: nn.Module, data: ExpressionDataModule
             threads = choose_threads(network, image, data.cache, bf16="bf16" in str(trainer.precision))
         torch.set_num_threads(int(threads))
     return torch.get_num_threads()
+
+
+def protect(module: SteppedModule, trainer: Trainer, folder: RunFolder) -> StepGuard:
+    """Guard a training against numbers that are not finite; cut its batches to fit in memory where that is asked.
+
+    Raises:
+        UserError: batches of this training cannot be cut.
+    """
+    module.guard = StepGuard(folder.path, trainer.on_nan)
+    if trainer.auto_batch:
+        for refused, reason in (
+            (not module.splits, f"the loss of {type(module).__name__} as configured is no plain mean over images"),
+            (trainer.accumulate_grad_batches > 1, "trainer.accumulate_grad_batches joins what it would cut"),
+            (trainer.world_size > 1, "several devices would have to cut alike"),
+        ):
+            if refused:
+                raise UserError(f"trainer.auto_batch=true cannot be had here, since {reason}: set it to false")
+        module.portions = Portions()
+    return module.guard
+
+
+def compiled(module: SteppedModule, trainer: Trainer) -> None:
+    """Compile the network in its place, its parameters' names unchanged, if ``trainer.compile`` asks for it."""
+    if trainer.compile is not None:
+        module.get_submodule("network").compile(mode=trainer.compile)
 
 
 def console() -> Console:

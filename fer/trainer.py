@@ -21,6 +21,7 @@ from fer.errors import UserError
 from fer.runs import write_json
 
 log = logging.getLogger(__name__)
+COMPILE = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # modes of torch.compile
 
 
 def quieten() -> None:
@@ -92,6 +93,10 @@ class Trainer(lightning.Trainer):
         patience: stop when the validation monitor has not improved for so many epochs; None trains to the end.
         checkpoint_minutes: minutes between checkpoints within an epoch.
         checkpoint_steps: steps between checkpoints within an epoch, on top; None leaves it to the minutes.
+        on_nan: what a loss or gradient that is not finite does: ``stop`` or ``skip``, see `fer.models.guard.StepGuard`.
+        auto_batch: cut a batch that does not fit in memory into parts, see `fer.models.steps.Portions`.
+        compile: a mode of `torch.compile` for the network, such as ``default`` or ``reduce-overhead``; None runs it
+            as it is.
         precision: Lightning's, or ``auto``.
         devices: Lightning's.
         lightning_options: Lightning's other arguments, by their own names.
@@ -106,15 +111,23 @@ class Trainer(lightning.Trainer):
         patience: int | None,
         checkpoint_minutes: float,
         checkpoint_steps: int | None,
+        on_nan: str,
+        auto_batch: bool,
+        compile: str | None,
         precision: str,
         devices: Any,
         **lightning_options: Any,
     ) -> None:
+        if on_nan not in ("stop", "skip"):
+            raise UserError(f"trainer.on_nan={on_nan} is not one of stop, skip")
         if not (threads == "auto" or (isinstance(threads, int) and threads >= 1)):
             raise UserError(f"trainer.threads={threads} is neither a positive number nor auto")
         self.threads, self.channels_last, self.patience = threads, channels_last, patience
         self.weight_ema = weight_ema
         self.checkpoint_minutes, self.checkpoint_steps = checkpoint_minutes, checkpoint_steps
+        if compile not in COMPILE:
+            raise UserError(f"trainer.compile={compile} is not one of {', '.join(map(str, COMPILE))}")
+        self.on_nan, self.auto_batch, self.compile = on_nan, auto_batch, compile
         chosen: Any = auto_precision() if precision == "auto" else precision
         plugins: list[Any] = [AtomicCheckpointIO()]
         if devices == 1:

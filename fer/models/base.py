@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from fer.models.losses import ExpressionLoss
 from fer.models.optim import Recipe, steps_per_epoch
+from fer.models.steps import SteppedModule
 from fer.models.tally import Tally
 
 Batch = dict[str, Tensor]
@@ -35,7 +35,7 @@ class ModuleOptions(TypedDict):
     optim: Recipe
 
 
-class ExpressionModule(LightningModule, abc.ABC):
+class ExpressionModule(SteppedModule, abc.ABC):
     """Base of all architectures.
 
     A subclass assigns ``self.network``, which has ``forward_features`` and a ``classifier``, and says which layer
@@ -129,6 +129,11 @@ class ExpressionModule(LightningModule, abc.ABC):
         """Mean loss of a batch and its (B, K) logits."""
         return self.loss_function.objective(self, batch)
 
+    @property
+    def splits(self) -> bool:
+        """What the injected loss says; a subclass with a loss of its own says it itself."""
+        return self.loss_function.splits
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The module's parameters without its loss's, in groups with their own ``lr_scale``, for the optimiser."""
         own = (p for name, p in self.named_parameters() if not name.startswith("loss_function."))
@@ -150,10 +155,13 @@ class ExpressionModule(LightningModule, abc.ABC):
         return logits.float().softmax(1).unflatten(0, image.shape[:2]).mean(1)  # type: ignore[no-any-return]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One optimisation step; counts predictions without reading anything back from the device."""
+        """The loss of a batch, or a part of it; counts predictions without reading anything back from the device."""
+        share = 1.0
+        if self.portions is not None:
+            batch, share = self.portions.portion(batch)
         loss, logits = self.loss(batch)
         self.tally("train").add(logits.detach().argmax(1), batch["label"], loss)
-        return loss
+        return loss if share == 1 else loss * share
 
     def scores(self, stage: Stage) -> dict[str, float]:
         """All scores of what was counted since the stage began."""
@@ -224,10 +232,6 @@ class ExpressionModule(LightningModule, abc.ABC):
         steps = steps_per_epoch(self.trainer)
         return self.optim.configure(groups, steps_per_epoch=steps, max_epochs=self.trainer.max_epochs or 1)
 
-    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """Clip as the recipe says; the paper's value belongs with its optimiser."""
-        self.optim.clip(self.parameters())
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a checkpoint needs to be understood alone, and the counts of a half-done epoch."""
         checkpoint["fer"] = {
@@ -238,8 +242,10 @@ class ExpressionModule(LightningModule, abc.ABC):
             "weights": self.weights,
             "leaky": self.leaky,
             "train_tally": self.tally("train").counts(),
+            "safety": self.safety_state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the counts of a half-done epoch back."""
         self.tally("train").restore(checkpoint["fer"]["train_tally"])
+        self.load_safety_state(checkpoint["fer"]["safety"])

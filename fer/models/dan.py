@@ -102,6 +102,7 @@ class DAN(ExpressionModule):
 
     network: DANNetwork
     takes_mixed = False  # the affinity loss pulls towards one class
+    splits = False  # the partition loss is a logarithm of a mean over the batch
 
     def __init__(
         self,

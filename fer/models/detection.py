@@ -214,6 +214,11 @@ class FaceDetector(ExpressionModule):
         if detection:
             self.monitor, self.takes_mixed = "val/map50", False  # a blend of two faces has no one box
 
+    @property
+    def splits(self) -> bool:
+        """Not with detection, whose losses are means over the faces of the batch."""
+        return not self.detection and super().splits
+
     @abc.abstractmethod
     def find(self, image: Tensor) -> tuple[Tensor, list[Faces]]:
         """(B, 3, H, W) -> logits (B, K) of the images, and the faces of each."""

@@ -152,7 +152,7 @@ class FlipConsistency(AuxiliaryLoss):
 
     def __init__(self, classification: ExpressionLoss, weight: float) -> None:
         super().__init__(classification, weight)
-        self.takes_mixed = classification.takes_mixed
+        self.takes_mixed, self.splits = classification.takes_mixed, classification.splits
 
     def objective(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
         """Two passes, of the images and of their mirror images.

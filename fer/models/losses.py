@@ -39,9 +39,11 @@ class ExpressionLoss(nn.Module, abc.ABC):
     Attributes:
         takes_mixed: whether it takes ``target`` (B, K) in the batch, the shares of the classes of images blended by
             mixup or cutmix, instead of ``label`` (B,).
+        splits: whether the loss of a batch is the mean of its parts' losses, each weighted by its images.
     """
 
     takes_mixed: bool = False
+    splits: bool = False
 
     def setup(self, class_counts: Tensor) -> None:
         """Learn the training part's images per class, (K,); most losses need none."""
@@ -81,6 +83,7 @@ class CrossEntropy(ExpressionLoss):
         super().__init__()
         self.label_smoothing = label_smoothing
         self.power = {"none": 0.0, "balanced": 1.0, "sqrt": 0.5}[class_weights]
+        self.splits = self.power == 0  # else divided by the sum of the batch's weights
         self.register_buffer("weight", None, persistent=False)
 
     def setup(self, class_counts: Tensor) -> None:
@@ -107,7 +110,7 @@ class Focal(ExpressionLoss):
     Of mixed images, the mean over the classes weighted by their shares.
     """
 
-    takes_mixed = True
+    takes_mixed = splits = True
 
     def __init__(self, gamma: float) -> None:
         super().__init__()
@@ -132,7 +135,7 @@ class ClassBalanced(ExpressionLoss):
     number.
     """
 
-    takes_mixed = True
+    takes_mixed = splits = True
     weight: Tensor | None
 
     def __init__(self, beta: float) -> None:
@@ -157,7 +160,7 @@ class ClassBalanced(ExpressionLoss):
 class SoftCrossEntropy(ExpressionLoss):
     """Cross-entropy to a distribution of votes, Barsoum et al., arXiv 1608.01041: -sum_k q_k log p_k."""
 
-    takes_mixed = True  # mixing blends the votes as it does the labels
+    takes_mixed = splits = True  # mixing blends the votes as it does the labels
 
     def forward(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean over the batch.

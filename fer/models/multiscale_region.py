@@ -169,6 +169,11 @@ class MultiscaleRegion(FaceDetector):
         return {}
 
     @property
+    def splits(self) -> bool:
+        """Not with regions, whose losses are means over the boxes of the batch."""
+        return self.rois == "none" and super().splits
+
+    @property
     def stamps(self) -> list[str]:
         """With a word on known regions."""
         return [*super().stamps, *([ORACLE] if self.rois == "pseudo" else [])]

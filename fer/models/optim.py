@@ -64,7 +64,7 @@ class OneCycle:
         """Rises from 1 / div to 1, then falls to 1 / (div * final_div)."""
         peak, end = self.pct_start * total_steps - 1, total_steps - 1
         if step <= peak:
-            return _cosine_between(1 / self.div, 1.0, step / peak)
+            return _cosine_between(1 / self.div, 1.0, step / max(peak, 1e-9))
         return _cosine_between(
             1.0,
             1 / (self.div * self.final_div),
@@ -140,11 +140,23 @@ class Recipe:
             },
         }
 
-    def clip(self, parameters: Iterable[Tensor]) -> None:
-        """Clip gradients in place as the recipe says."""
+    def norm(self, parameters: Iterable[Tensor]) -> Tensor | None:
+        """The gradients' global norm, which clipping by it needs; None where nothing does."""
+        if self.clip_norm is None:
+            return None
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def clip(self, parameters: Iterable[Tensor], norm: Tensor | None = None) -> None:
+        """Clip gradients in place as the recipe says.
+
+        Args:
+            parameters: whose gradients.
+            norm: what `norm` found, if it was asked already.
+        """
         parameters = list(parameters)
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        norm = self.norm(parameters) if norm is None else norm
+        if self.clip_norm is not None and norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
 

@@ -61,9 +61,11 @@ class SAM(Optimizer):
         origins = [p.clone() for p in parameters]
         for p in parameters:
             p.add_(p.grad * scale.to(p.device))
-        with torch.enable_grad():
-            closure()
-        for p, origin in zip(parameters, origins, strict=True):
-            p.copy_(origin)
+        try:
+            with torch.enable_grad():
+                closure()
+        finally:  # a second pass that fails leaves the weights as they were, too
+            for p, origin in zip(parameters, origins, strict=True):
+                p.copy_(origin)
         self.base.step()
         return loss

@@ -143,7 +143,8 @@ class TwoStream(PyramidModule):
         width: Of the pyramids and the landmark stream.
         grid: Of the pyramids; the landmark stream sees 16 times as many pixels a side.
         drop_path: Stochastic depth of the backbone.
-        backbone_lr: Learning rate of the backbone's last layer over the recipe's.
+        backbone_lr: Learning rate of the backbone's last layer over the recipe's; 0 freezes the backbone, which then
+            costs no backward pass.
         layer_decay: Learning rate of a backbone layer over the next one's.
 
     Raises:
@@ -171,6 +172,7 @@ class TwoStream(PyramidModule):
         check_windows(windows, grid)
         settings = {"num_classes": 0, "img_size": self.image_size, "drop_path_rate": drop_path}
         vit, self.weights = timm_network(backbone, pretrained, settings)
+        vit.requires_grad_(backbone_lr != 0)
         stream = None
         if landmark:
             stream = LandmarkStream(self.mean, self.std, landmark_ckpt, width, landmark_blocks, 16 * grid)

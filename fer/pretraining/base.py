@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal, TypedDict
 
 import timm
 import torch
-from lightning import LightningModule
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fer.data.base import ExpressionDataModule
 from fer.models.optim import Recipe, layer_decay_groups, steps_per_epoch
+from fer.models.steps import SteppedModule
 
 Batch = dict[str, Tensor]
 Stage = Literal["train", "val", "test"]
@@ -32,7 +32,7 @@ class TaskOptions(TypedDict):
     optim: Recipe
 
 
-class Pretraining(LightningModule, abc.ABC):
+class Pretraining(SteppedModule, abc.ABC):
     """Base of the tasks. Images arrive as pixels in [0, 1], (B, 3, S, S).
 
     Attributes:
@@ -95,7 +95,9 @@ class Pretraining(LightningModule, abc.ABC):
         number = counts.sum()
         sums = self._sums[stage]
         for name, values in measures.items():
-            added = torch.stack([torch.where(counts, values.detach().float(), 0).sum(), number.float()])
+            # What is not finite is left out of the means; whether it ends the run is the guard's to say.
+            counted = counts & values.isfinite()
+            added = torch.stack([torch.where(counted, values.detach().float(), 0).sum(), counted.sum().float()])
             sums[name] = sums[name].to(added.device) + added if name in sums else added
         return torch.where(counts, measures["loss"], 0).sum() / number.clamp_min(1)
 
@@ -148,17 +150,19 @@ class Pretraining(LightningModule, abc.ABC):
         self.total_steps = steps * epochs
         return self.optim.configure(self.parameter_groups(), steps_per_epoch=steps, max_epochs=epochs)
 
-    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """Clip as the recipe says."""
-        self.optim.clip(self.parameters())
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the sums of a half-done epoch."""
-        checkpoint["fer"] = {"task": type(self).__name__, "weights": self.weights, "sums": self._sums["train"]}
+        checkpoint["fer"] = {
+            "task": type(self).__name__,
+            "weights": self.weights,
+            "sums": self._sums["train"],
+            "safety": self.safety_state(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the sums of a half-done epoch back."""
         self._sums["train"] = dict(checkpoint["fer"]["sums"])
+        self.load_safety_state(checkpoint["fer"]["safety"])
 
 
 class Normalise(nn.Module):

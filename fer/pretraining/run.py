@@ -20,7 +20,7 @@ from fer.loggers import Wandb
 from fer.pretraining.base import Pretraining
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
 from fer.progress import Bar
-from fer.session import claim, console, preflight, print_data, record_of, set_threads, status_kept
+from fer.session import claim, console, preflight, print_data, protect, record_of, set_threads, status_kept
 from fer.trainer import Trainer, load_checkpoint, quieten
 from fer.weights import write_weights
 
@@ -63,7 +63,7 @@ def run_pretraining(config: DictConfig, folder_path: Path, *, command: str = "",
     quieten()
     if several_devices(config.trainer):
         raise UserError(f"trainer.devices={config.trainer.devices}: pre-training runs on one device")
-    for option in ("weight_ema", "patience"):
+    for option in ("weight_ema", "patience", "compile"):
         if config.trainer[option] is not None:
             raise UserError(f"trainer.{option} belongs to python -m fer.train; leave it null here")
     data = preflight(config, KEYS)
@@ -108,6 +108,7 @@ def _train(
         callbacks.append(Bar())
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder.path))
     assert isinstance(trainer, Trainer)
+    guard = protect(module, trainer, folder)
     if trainer.channels_last:
         module = module.to(memory_format=torch.channels_last)
     threads = set_threads(trainer, module, data)
@@ -149,7 +150,7 @@ def _train(
             "val": {k.removeprefix("val/"): v for k, v in best.items() if k.startswith("val/")},
             "test": module.scores("test"),
         },
-        "stamps": facts["stamps"],
+        "stamps": [*facts["stamps"], *guard.stamps],
         "data_facts": facts,
         "split_fingerprint": facts["fingerprint"],
         "job_key": folder.status()["job_key"],
@@ -163,6 +164,7 @@ def _train(
         "resident": data.is_resident(),
         "resumed_from_step": curves.resumed_from_step,
         "steps": trainer.global_step,
+        "skipped_steps": guard.skipped,
         "command": folder.status()["command"],
         "next": shlex.join(["python", "-m", "fer.train", *module.usage(str(path))]),
     }
