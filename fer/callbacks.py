@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import resource
 import time
 from typing import Any
@@ -21,6 +22,7 @@ from fer.models.averaging import WeightAverage
 from fer.models.base import ExpressionModule
 from fer.reporting.figures import confusion_figure
 from fer.runs import RunFolder, read_json, write_json, write_text
+from fer.stopping import Stop, Stopped
 
 CLOCK_STEPS = 50  # steps between looks at the clock when several devices train
 WORST_IMAGES = 32  # confidently wrong images shown on W&B
@@ -93,7 +95,9 @@ def save_predictions(
 
 
 class Curves(Checkpoint):
-    """Curves, ``best.ckpt`` and ``last.ckpt`` of a module with a ``score``; its own state is in the checkpoint.
+    """Curves, checkpoints and the log of steps of a module with a ``score``; its own state is in the checkpoint.
+
+    A signal is answered here: after the training step or validation batch at hand the run is saved and ends.
 
     Derives from Lightning's `Checkpoint` only to be called after the module has logged its epoch.
 
@@ -106,9 +110,9 @@ class Curves(Checkpoint):
     """
 
     def __init__(
-        self, folder: RunFolder, minutes: float, steps: int | None, average: WeightAverage | None = None
+        self, folder: RunFolder, minutes: float, steps: int | None, stop: Stop, average: WeightAverage | None = None
     ) -> None:
-        self.folder, self.minutes, self.steps, self.average = folder, minutes, steps, average
+        self.folder, self.minutes, self.steps, self.stop, self.average = folder, minutes, steps, stop, average
         self.history: list[dict[str, float]] = []
         self.best = -math.inf
         self.best_epoch = -1
@@ -118,6 +122,8 @@ class Curves(Checkpoint):
         self._mark = (time.monotonic(), cpu_seconds())
         self._saved = time.monotonic()
         self._epoch_began: float | None = None
+        self._log: int | None = None  # file descriptor of the log of steps
+        self._logged = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only."""
@@ -144,13 +150,49 @@ class Curves(Checkpoint):
         self._mark = now
 
     def _save_last(self, trainer: lightning.Trainer) -> None:
-        trainer.save_checkpoint(self.folder.last)
+        trainer.save_checkpoint(self.folder.last, storage_options={"previous": self.folder.previous})
         self._saved = time.monotonic()
 
-    def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+    def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint made within a validation begins it again: Lightning sees its first batch at work."""
+        if trainer.validating:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                counts.update(ready=1, started=1, processed=0, completed=0)
+            progress["is_last_batch"] = False
+
+    def on_load_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Note where a resumed session begins."""
-        if trainer.global_step:
-            self.resumed_from_step = trainer.global_step
+        self.resumed_from_step = self._logged = checkpoint["global_step"]
+
+    def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Open the log of steps; from here on signals wait for the end of a step."""
+        if trainer.is_global_zero:
+            self._log = os.open(self.folder.steps, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self.stop.take()
+        self.stop.training = True
+
+    def _leave(self) -> None:
+        self.stop.training = False
+        if self._log is not None:
+            os.close(self._log)
+            self._log = None
+
+    def on_exception(self, *_: Any) -> None:
+        """Signals end the run at once again."""
+        self._leave()
+
+    def on_train_end(self, *_: Any) -> None:
+        """Signals end the run at once again."""
+        self._leave()
+        if self.stop.asked:
+            raise Stopped
+
+    def _asked(self, trainer: lightning.Trainer) -> bool:
+        """Whether any device's process was asked to stop."""
+        if trainer.world_size > 1:
+            self.stop.asked = trainer.strategy.reduce_boolean_decision(self.stop.asked, all=False)
+        return self.stop.asked
 
     def on_train_epoch_start(self, *_: Any) -> None:
         """Start the epoch's clock."""
@@ -160,6 +202,10 @@ class Curves(Checkpoint):
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save within an epoch when it is time; the epoch's end has its own checkpoint."""
+        if self._log is not None and trainer.global_step > self._logged:
+            os.write(self._log, b"%d\n" % trainer.global_step)
+            self._logged = trainer.global_step
+        asked = self._asked(trainer)
         if batch_idx + 1 == trainer.num_training_batches:
             if self._epoch_began is not None:
                 images = trainer.num_training_batches * len(batch["label"]) * trainer.world_size
@@ -167,10 +213,19 @@ class Curves(Checkpoint):
             return
         due = time.monotonic() - self._saved > 60 * self.minutes
         if trainer.world_size > 1:  # saving takes all devices, so they agree now and then
-            asked = trainer.global_step % CLOCK_STEPS == 0
-            due = asked and trainer.strategy.reduce_boolean_decision(due, all=False)
-        if due or (self.steps is not None and trainer.global_step % self.steps == 0):
+            looked = trainer.global_step % CLOCK_STEPS == 0
+            due = looked and trainer.strategy.reduce_boolean_decision(due, all=False)
+        if asked or due or (self.steps is not None and trainer.global_step % self.steps == 0):
             self._save_last(trainer)
+        if asked:
+            raise Stopped
+
+    def on_validation_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
+        """Save the state in which the validation began, and end, when the run is asked to."""
+        if self.stop.training and self._asked(trainer):
+            with self.average.in_place(module) if self.average else contextlib.nullcontext():
+                self._save_last(trainer)
+            raise Stopped
 
     def score(self, trainer: lightning.Trainer, module: Any, metrics: dict[str, float]) -> float:
         """What the best epoch has most of: the module's monitor."""
@@ -196,6 +251,8 @@ class Curves(Checkpoint):
         if trainer.is_global_zero:
             write_text(self.folder.path / "metrics.csv", pd.DataFrame(self.history).to_csv(index=False))
         self._save_last(trainer)
+        if self._asked(trainer):
+            raise Stopped
 
 
 class Recorder(Curves):

@@ -1,5 +1,6 @@
 """One run from a composed config to a complete run folder: pre-flight, data, training, one test, results."""
 
+import contextlib
 import math
 import statistics
 import time
@@ -15,6 +16,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from fer.callbacks import Predictions, Randomness, Recorder, WandbPictures, measure_flops, stamps_of
+from fer.checkpoints import load_best, resume_point
 from fer.config import several_devices
 from fer.data.base import ExpressionDataModule
 from fer.detections import Detections, RegionPicture
@@ -24,11 +26,12 @@ from fer.models.averaging import WeightAverage
 from fer.models.base import ExpressionModule
 from fer.models.detection import FaceDetector
 from fer.models.multiscale_region import MultiscaleRegion
+from fer.progress import Bar
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
 from fer.session import claim, compiled, console, preflight, print_data, protect, record_of, set_threads, status_kept
-from fer.progress import Bar
 from fer.starting import begin_with, pinned
-from fer.trainer import Trainer, load_checkpoint, quieten
+from fer.stopping import Ranks, Stop, Stopped
+from fer.trainer import Trainer, quieten
 
 
 def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", resumed: bool = False) -> float:
@@ -69,32 +72,41 @@ def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", 
         plain["start_from"] = config.start_from = pinned(config.start_from)
     if follower:
         config.logger = None
-        return _train_and_test(config, plain, folder, data, facts, folder.last.exists(), "", [])
+        with contextlib.suppress(Stopped), Stop() as stop:  # the first process ends with its exit code
+            return _train_and_test(config, plain, folder, data, facts, folder.has_checkpoint(), "", [], stop)
+        return math.nan
     state, run_id = claim(folder, config, plain, data, facts, command, resumed)
     if state == "done":
         results = read_json(folder.results)
         return float(results["metrics"]["val"][results["monitor"]])
     loggers: list[Wandb] = []
-    with status_kept(folder, loggers):
-        return _train_and_test(config, plain, folder, data, facts, state == "unfinished", run_id, loggers)
+    with status_kept(folder, loggers) as stop:
+        return _train_and_test(config, plain, folder, data, facts, state == "unfinished", run_id, loggers, stop)
 
 
-def watchers(config: DictConfig, folder: RunFolder, module: ExpressionModule) -> list[Callback]:
-    """The callbacks of a run, in the order in which they act."""
+def watchers(config: DictConfig, folder: RunFolder, module: ExpressionModule, stop: Stop) -> list[Callback]:
+    """The callbacks of a training, in the order in which they act; each costs every step some, whatever it does."""
     average = WeightAverage(config.trainer.weight_ema) if config.trainer.weight_ema is not None else None
-    recorder = Recorder(folder, config.trainer.checkpoint_minutes, config.trainer.checkpoint_steps, average)
-    predictions = Predictions(folder)
+    recorder = Recorder(folder, config.trainer.checkpoint_minutes, config.trainer.checkpoint_steps, stop, average)
+    mixing = instantiate(config.mix)
     # Randomness comes before what draws from it.
-    callbacks = [Randomness(config.seed), instantiate(config.mix), *([average] if average else [])]
-    callbacks += [recorder, predictions, WandbPictures(folder, predictions, recorder)]
-    if isinstance(module, FaceDetector) and module.detection:
-        callbacks.append(Detections(folder))
-    if isinstance(module, MultiscaleRegion) and module.rois != "none":
-        callbacks.append(RegionPicture(folder))
+    callbacks = [Randomness(config.seed), *([mixing] if mixing.transforms else []), *([average] if average else [])]
+    callbacks += [recorder, *([Ranks(folder, stop)] if several_devices(config.trainer) else [])]
     if config.trainer.patience is not None:
         callbacks.append(EarlyStopping(module.monitor, patience=config.trainer.patience, mode="max"))
     if config.trainer.enable_progress_bar:
         callbacks.append(Bar())
+    return callbacks
+
+
+def examiners(folder: RunFolder, module: ExpressionModule, recorder: Recorder) -> list[Callback]:
+    """The callbacks that the test has besides."""
+    predictions = Predictions(folder)
+    callbacks: list[Callback] = [predictions, WandbPictures(folder, predictions, recorder)]
+    if isinstance(module, FaceDetector) and module.detection:
+        callbacks.append(Detections(folder))
+    if isinstance(module, MultiscaleRegion) and module.rois != "none":
+        callbacks.append(RegionPicture(folder))
     return callbacks
 
 
@@ -107,6 +119,7 @@ def _train_and_test(
     unfinished: bool,
     run_id: str,
     loggers: list[Wandb],
+    stop: Stop,
 ) -> float:
     module = instantiate(config.model)
     if not isinstance(module, ExpressionModule):
@@ -115,9 +128,10 @@ def _train_and_test(
         begin_with(module, config.start_from, data)
     for node in (config.logger or {}).values():
         loggers.append(instantiate(node, run_id=run_id, save_dir=str(folder.path)))
-    callbacks = watchers(config, folder, module)
+    callbacks = watchers(config, folder, module, stop)
     recorder = next(c for c in callbacks if isinstance(c, Recorder))
-    detections = next((c for c in callbacks if isinstance(c, Detections)), None)
+    at_test = examiners(folder, module, recorder)
+    detections = next((c for c in at_test if isinstance(c, Detections)), None)
     trainer = instantiate(
         config.trainer,
         callbacks=callbacks,
@@ -138,9 +152,7 @@ def _train_and_test(
     parameters = sum(p.numel() for p in module.parameters())
     compiled(module, trainer)
 
-    trainer.fit(module, datamodule=data, ckpt_path=str(folder.last) if unfinished else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    trainer.fit(module, datamodule=data, ckpt_path=str(resume_point(folder)) if unfinished else None)
     tester = trainer
     if trainer.world_size > 1:  # the test reads each image once, on one device
         torch.distributed.barrier()
@@ -150,11 +162,12 @@ def _train_and_test(
         tester = instantiate(
             config.trainer, devices=1, strategy="auto", num_nodes=1, callbacks=callbacks, logger=loggers
         )
+    tester.callbacks += at_test  # type: ignore[attr-defined]
     if not folder.best.exists():
         raise UserError(
             f"no epoch was finished, so there is no best checkpoint: trainer.max_epochs={trainer.max_epochs}"
         )
-    module.load_state_dict(load_checkpoint(folder.best)["state_dict"])
+    module.load_state_dict(load_best(folder)["state_dict"])
     started = time.monotonic()
     tester.test(module, datamodule=data, verbose=False)
     test_seconds = time.monotonic() - started

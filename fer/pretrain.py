@@ -12,7 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fer.config import CONF, check_command_line, config_of_run, folder_to_resume, guarded, is_sweep
+from fer.config import CONF, check_command_line, check_run_folder, config_of_run, folder_to_resume, guarded, is_sweep
 from fer.errors import UserError
 
 CONFIG = "pretrain"
@@ -50,8 +50,10 @@ def main() -> None:
     if folder is not None:
         guarded(lambda: resume(folder))
         return
-    if is_sweep(check_command_line(CONFIG, words), words):
+    config = check_command_line(CONFIG, words)
+    if is_sweep(config, words):
         guarded(_no_sweep)
+    guarded(lambda: check_run_folder(config))
     _job()
 
 

@@ -1,12 +1,16 @@
 """The run folder: what is in it, written so that a reader never sees half a file, and when it may be continued."""
 
+import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
 import subprocess
+import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,14 +30,51 @@ NOT_IN_KEY = (
 RECORDED_PACKAGES = ("torch", "torchvision", "lightning", "timm", "albumentations", "numpy", "opencv-python-headless")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a restart after a kill, finds either the old content or all of the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def write_bytes(path: Path, content: bytes | memoryview, previous: Path | None = None) -> None:
+    """Write a file so that a reader, or a restart after a kill, finds either the old content or all of the new.
+
+    Args:
+        path: the file.
+        content: all of it.
+        previous: what becomes of the file that ``path`` was, once the new one is whole; None drops it.
+
+    Raises:
+        OSError: with the name of the file; ``path`` and ``previous`` are then what they were, or ``path`` has become
+            ``previous``.
+    """
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def sync(path: Path) -> None:
+    """Flush a file to the disk, or a folder, without which a name given in it may be lost when the machine dies."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such thing
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed in `write_bytes` left behind; nobody else may be at work in the folder."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+            path.unlink()
 
 
 def write_text(path: Path, content: str) -> None:
@@ -158,6 +199,20 @@ class RunFolder:
         """Checkpoint a resume continues from."""
         return self.path / "checkpoints" / "last.ckpt"
 
+    @property
+    def previous(self) -> Path:
+        """The checkpoint before the last one, for when that is unusable."""
+        return self.path / "checkpoints" / "previous.ckpt"
+
+    @property
+    def steps(self) -> Path:
+        """The number of every optimiser step that was made, a line each, in order; it goes back where a kill did."""
+        return self.path / "steps.log"
+
+    def has_checkpoint(self) -> bool:
+        """Whether a resume has something to go on from."""
+        return self.last.exists() or self.previous.exists()
+
     def status(self) -> dict[str, Any]:
         """The status record, empty before the first start."""
         return dict(read_json(self.status_file)) if self.status_file.exists() else {}
@@ -181,9 +236,10 @@ class RunFolder:
                 )
             if status["status"] == "done" and self.results.exists():
                 return "done"
-            return "unfinished" if self.last.exists() else "new"
+            return "unfinished" if self.has_checkpoint() else "new"
         if fresh:
-            for old in (self.best, self.last, self.results, self.predictions, self.status_file):
+            saved = (self.previous, self.last, self.best)
+            for old in (*saved, self.results, self.predictions, self.steps, self.status_file):
                 old.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, "# The resolved config of this run.\n" + OmegaConf.to_yaml(config, resolve=True))

@@ -25,11 +25,11 @@ from fer.errors import UserError
 from fer.loggers import Wandb
 from fer.models.guard import StepGuard
 from fer.models.steps import Portions, SteppedModule
-from fer.runs import RunFolder, State, code_version, job_key, write_json
+from fer.runs import RunFolder, State, code_version, job_key, remove_leftovers, write_json
+from fer.stopping import Stop, Stopped
 from fer.trainer import Trainer, choose_threads
 
 log = logging.getLogger(__name__)
-INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM; Lightning's own would be 0
 TRAINED = ("data", "model", "mix", "trainer")  # nodes of conf/train.yaml that a run instantiates; the rest reach these
 REASONS_SHOWN = 5  # reasons for leaving items out, the commonest first; split.json has all
 
@@ -94,6 +94,8 @@ def claim(
     """
     key = folder.status()["job_key"] if resumed else job_key(plain, data.fingerprint())
     state = folder.begin(OmegaConf.create(plain), key, bool(config.fresh) and not resumed)
+    for place in (folder.path, folder.last.parent):
+        remove_leftovers(place)
     status = folder.status()
     run_id = status.get("wandb_id") or uuid.uuid4().hex[:8]
     if state == "done":
@@ -111,32 +113,44 @@ def claim(
 
 
 @contextlib.contextmanager
-def status_kept(folder: RunFolder, loggers: list[Wandb]) -> Iterator[None]:
+def status_kept(folder: RunFolder, loggers: list[Wandb]) -> Iterator[Stop]:
     """Whatever ends the block stands in the folder's status, and W&B's runs end with it.
 
+    Yields:
+        What a signal has asked for.
+
     Raises:
-        SystemExit: the run was interrupted.
+        Stopped: the run was interrupted.
     """
-    exit_code = 1
+    with Stop() as stop:
+        exit_code = 1
+        try:
+            yield stop
+            exit_code = 0
+        except (KeyboardInterrupt, SystemExit):
+            _note(folder, "interrupted")
+            log.warning(
+                "interrupted; the same command with hydra.run.dir=%s, or resume=%s, goes on", folder.path, folder.path
+            )
+            raise Stopped from None
+        except BaseException as error:
+            _note(folder, "failed", error="".join(traceback.format_exception_only(error)).strip())
+            raise
+        finally:
+            for logger in loggers:
+                # Unless finished with its code, W&B shows a failed run as finished, and the next job logs into this.
+                logger.finish(exit_code)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _note(folder: RunFolder, status: str, **more: Any) -> None:
+    """Set the status of a run that ends early; the disk may be full, which must not hide why it ends."""
     try:
-        yield
-        exit_code = 0
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns an interrupt or SIGTERM into an exit
-        folder.set_status("interrupted")
-        log.warning(
-            "interrupted; the same command with hydra.run.dir=%s, or resume=%s, goes on", folder.path, folder.path
-        )
-        raise SystemExit(INTERRUPTED) from None
-    except BaseException as error:
-        folder.set_status("failed", error="".join(traceback.format_exception_only(error)).strip())
-        raise
-    finally:
-        for logger in loggers:
-            # Unless finished with its code, W&B shows a failed run as finished, and the next job logs into this run.
-            logger.finish(exit_code)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        folder.set_status(status, **more)
+    except (OSError, UserError) as error:
+        log.warning("the status of the run could not be noted: %s", error)
 
 
 def set_threads(trainer: Trainer, network: nn.Module, data: ExpressionDataModule) -> int:

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fer.config import CONF, check_command_line, config_of_run, folder_to_resume, guarded, is_sweep
+from fer.config import CONF, check_command_line, check_run_folder, config_of_run, folder_to_resume, guarded, is_sweep
 from fer.sweep_checks import check_search, driven_by_wandb
 
 CONFIG = "train"
@@ -60,6 +60,7 @@ def main() -> None:
         from fer import sweep
 
         sys.exit(guarded(lambda: sweep.run(config, words, _job)))
+    guarded(lambda: check_run_folder(config))
     _job()
 
 

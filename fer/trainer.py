@@ -1,4 +1,4 @@
-"""Lightning's Trainer with what a run here adds: precision and threads chosen by measurement, atomic checkpoints."""
+"""Lightning's Trainer with what a run here adds: precision and threads chosen by measurement, safe checkpoints."""
 
 import hashlib
 import json
@@ -14,9 +14,10 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import nn
 
+from fer.checkpoints import CheckpointFiles
 from fer.errors import UserError
 from fer.runs import write_json
 
@@ -34,44 +35,6 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # frozen streams, teachers
     warnings.filterwarnings("ignore", message=".*recommended to use.*sync_dist.*")  # each device knows all scores
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints appear under their name only when whole, and load as data only.
-
-    Lightning's own writer stages in the system's temporary folder and moves, which is not atomic across file systems.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write beside ``path``, flush to the disk, rename."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Load tensors and plain containers; anything else in the file is refused, whatever the caller asks."""
-        return load_checkpoint(Path(path))
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without executing anything in it.
-
-    Raises:
-        UserError: missing, truncated, or holding more than tensors and plain containers.
-    """
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: expected a checkpoint written by python -m fer.train") from None
-    except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} cannot be loaded as a checkpoint of tensors and plain values ({first_line})") from None
-    return content
 
 
 def auto_precision() -> str:
@@ -129,10 +92,12 @@ class Trainer(lightning.Trainer):
             raise UserError(f"trainer.compile={compile} is not one of {', '.join(map(str, COMPILE))}")
         self.on_nan, self.auto_batch, self.compile = on_nan, auto_batch, compile
         chosen: Any = auto_precision() if precision == "auto" else precision
-        plugins: list[Any] = [AtomicCheckpointIO()]
+        plugins: list[Any] = [CheckpointFiles()]
         if devices == 1:
             # One device needs nothing of SLURM's, and Lightning's part for it would install signal handlers of its own.
             plugins.append(LightningEnvironment())
+        elif SLURMEnvironment.detect():
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # it would save in the middle of a step
         super().__init__(
             precision=chosen,
             devices=devices,

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from model_builds import SEVEN, cheap
 from torch import nn
 
+from fer.checkpoints import load_checkpoint
 from fer.errors import UserError
 from fer.experiment import run_experiment
 from fer.models.averaging import WeightAverage
@@ -20,7 +21,6 @@ from fer.models.base import ExpressionModule
 from fer.models.feature_losses import MultiTask, concordance
 from fer.models.losses import CrossEntropy
 from fer.models.mixing import Mixing
-from fer.trainer import load_checkpoint
 
 # -- mixing -----------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from rich.progress import Progress
 
 from fer.data.images import BadImage, window
 from fer.data.manifest import Array, Manifest
+from fer.runs import sync
 
 VERSION = 3  # raise when decoding, resizing or the files of a store change
 CHUNK = 256
@@ -156,8 +157,25 @@ def _build(
     unfinished = path.with_name(path.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
+    try:
+        _fill(unfinished, manifest, read, size, channels, sequential, crop_to_box)
+        for file in (*unfinished.iterdir(), unfinished):
+            sync(file)
+        unfinished.rename(path)
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)  # it may be what fills the disk
+        raise
+
+
+def _fill(
+    folder: Path, manifest: Manifest, read: Reader, size: int, channels: int, sequential: bool, crop_to_box: bool
+) -> None:
     n = len(manifest)
-    images = np.lib.format.open_memmap(unfinished / "images.npy", "w+", np.uint8, (n, size, size, channels))
+    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (n, size, size, channels))
+    with (folder / "images.npy").open("rb+") as file:
+        # Else, where the disk is full, a page of the map without a place on it would kill the process without a word.
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     windows = np.ones((n, 4), dtype=np.int32)
     copies = np.zeros(n, dtype=np.uint64)
     boxes = manifest.box if crop_to_box and manifest.box is not None else np.full((n, 4), np.nan)
@@ -183,8 +201,7 @@ def _build(
         task = progress.add_task(f"decoding {n:,} images once", total=n)
         list(pool.map(decode, chunks))
     images.flush()
-    np.save(unfinished / "windows.npy", windows)
-    np.save(unfinished / "pixels.npy", copies)
-    (unfinished / "manifest.npz").write_bytes(manifest.to_bytes())
-    (unfinished / "bad.json").write_text(json.dumps(sorted(bad)))
-    unfinished.rename(path)
+    np.save(folder / "windows.npy", windows)
+    np.save(folder / "pixels.npy", copies)
+    (folder / "manifest.npz").write_bytes(manifest.to_bytes())
+    (folder / "bad.json").write_text(json.dumps(sorted(bad)))

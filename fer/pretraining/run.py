@@ -13,15 +13,17 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
 from fer.callbacks import Curves, Randomness
+from fer.checkpoints import load_best, resume_point
 from fer.config import several_devices
 from fer.data.base import ExpressionDataModule
 from fer.errors import UserError
 from fer.loggers import Wandb
 from fer.pretraining.base import Pretraining
-from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
 from fer.progress import Bar
+from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
 from fer.session import claim, console, preflight, print_data, protect, record_of, set_threads, status_kept
-from fer.trainer import Trainer, load_checkpoint, quieten
+from fer.stopping import Stop
+from fer.trainer import Trainer, quieten
 from fer.weights import write_weights
 
 KEYS = ("data", "task", "trainer")  # nodes of conf/pretrain.yaml that a run instantiates; the rest reach these
@@ -83,8 +85,9 @@ def run_pretraining(config: DictConfig, folder_path: Path, *, command: str = "",
         print_summary(read_json(folder.results), folder)
         return
     loggers: list[Wandb] = []
-    with status_kept(folder, loggers):
-        print_summary(_train(config, plain, folder, data, facts, state == "unfinished", run_id, loggers), folder)
+    with status_kept(folder, loggers) as stop:
+        results = _train(config, plain, folder, data, facts, state == "unfinished", run_id, loggers, stop)
+        print_summary(results, folder)
 
 
 def _train(
@@ -96,13 +99,14 @@ def _train(
     unfinished: bool,
     run_id: str,
     loggers: list[Wandb],
+    stop: Stop,
 ) -> dict[str, Any]:
     module: Pretraining = instantiate(config.task)
     for node in (config.logger or {}).values():
         loggers.append(instantiate(node, run_id=run_id, save_dir=str(folder.path)))
         if not unfinished:
             loggers[-1].attempt(lambda run: run.config.update(plain))
-    curves = LowestKept(folder, config.trainer.checkpoint_minutes, config.trainer.checkpoint_steps)
+    curves = LowestKept(folder, config.trainer.checkpoint_minutes, config.trainer.checkpoint_steps, stop)
     callbacks: list[Any] = [Randomness(config.seed), curves]
     if config.trainer.enable_progress_bar:
         callbacks.append(Bar())
@@ -112,14 +116,12 @@ def _train(
     if trainer.channels_last:
         module = module.to(memory_format=torch.channels_last)
     threads = set_threads(trainer, module, data)
-    trainer.fit(module, datamodule=data, ckpt_path=str(folder.last) if unfinished else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    trainer.fit(module, datamodule=data, ckpt_path=str(resume_point(folder)) if unfinished else None)
     if not folder.best.exists():
         raise UserError(
             f"no epoch was finished, so there are no weights to keep: trainer.max_epochs={trainer.max_epochs}"
         )
-    module.load_state_dict(load_checkpoint(folder.best)["state_dict"])
+    module.load_state_dict(load_best(folder)["state_dict"])
     trainer.test(module, datamodule=data, verbose=False)
     curves.count_time()
     _picture(module, data, folder)
