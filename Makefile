@@ -11,7 +11,7 @@ PYTHON := .venv/bin/python
 SETUP := .venv/.complete
 endif
 
-.PHONY: help setup demo test reliability test-minimum soak test-slow lint format .setup-active
+.PHONY: help setup demo test docs reliability test-minimum soak test-slow lint format .setup-active
 .DEFAULT_GOAL := help
 
 # What a run is made of: data, networks, training, evaluation, the report's data, W&B.
@@ -25,12 +25,12 @@ setup: $(SETUP)  ## create .venv with the tested versions (about 2 minutes, 6 GB
 .venv/.complete: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,faces,export,explain,sweeps,dashboard]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,faces,export,explain,sweeps,dashboard,docs]'
 	@touch $@
 
 .setup-active:
-	@python -c 'import pytest, pytest_timeout, hypothesis, ruff, mypy, facenet_pytorch, onnxruntime, hydra_plugins.hydra_optuna_sweeper, wandb_workspaces, pytorch_grad_cam' 2>/dev/null || \
-	  python -m pip install --quiet --editable '.[dev,faces,export,explain,sweeps,dashboard]'
+	@python -c 'import pytest, pytest_timeout, hypothesis, ruff, mypy, facenet_pytorch, onnxruntime, hydra_plugins.hydra_optuna_sweeper, wandb_workspaces, pytorch_grad_cam, zensical, mkdocstrings_handlers.python' 2>/dev/null || \
+	  python -m pip install --quiet --editable '.[dev,faces,export,explain,sweeps,dashboard,docs]'
 
 demo: $(SETUP)  ## train on synthetic faces: no download, under 8 core-minutes
 	$(PYTHON) -m fer.train experiment=demo
@@ -54,8 +54,17 @@ test-minimum: .venv-minimum/.complete  ## tests of the main parts, with the olde
 soak: $(SETUP)  ## 10,000 steps and 10 jobs of a sweep watched for leaks, about 6 core-minutes
 	$(PYTHON) tests/soak.py
 
+counters: $(SETUP)  ## operators and host reads per step, images decoded: fails on a rise, under 2 core-minutes
+	$(PYTHON) tests/counters.py
+
 test-slow: $(SETUP)  ## the slow tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow
+
+docs: $(SETUP)  ## the documentation, into site/: open site/index.html; a broken link or a page without a place fails
+	$(PYTHON) -m fer.reporting.manual
+	$(PYTHON) -m pytest tests/test_docs.py -k navigation
+	$(PYTHON) -m zensical build --strict
+	@! grep -rhoE '<(script|link|img)[^>]+(src|href)="?https?:[^" >]*' site --include=*.html
 
 lint: $(SETUP)  ## ruff and mypy
 	$(PYTHON) -m ruff format --check .

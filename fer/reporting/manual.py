@@ -1,0 +1,266 @@
+"""``python -m fer.reporting.manual``: the parts of docs/ that conf/, the docstrings and docs/results/ say already.
+
+What stands in a page between ``<!-- options model/convcut -->`` and ``<!-- end -->`` is written anew, so that it cannot
+disagree with its source; the rest of the page is prose. `WRITERS` has the kinds there are.
+"""
+
+import ast
+import itertools
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from statistics import mean, stdev
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from fer.config import CONF
+from fer.reporting.claims import Claim, load_claims
+from fer.reporting.tables import DASH, markdown
+from fer.runs import read_json, write_text
+
+ROOT = CONF.parent
+DOCS = ROOT / "docs"
+RECORDS = DOCS / "results"
+EXPERIMENTS = CONF / "experiment"
+_PART = re.compile(r"(<!-- (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_OPTION = re.compile(r"( *)([a-z]\w*):(?: +([^#]*?))? *(?: # ?(.*))?$")
+_MEANINGS = {  # of options that most files have and none explains
+    "image_size": "side of the network's input, px",
+    "mean": "of each channel of an image in [0, 1], subtracted",
+    "std": "of each channel, divided by",
+}
+_SAME_FOR_ALL = ("class_names", "loss", "optim", "root")  # explained elsewhere
+_NOT_MEASURED = "not measured here"
+# Words of a command that say which repetition it is, or where it ran, but not what was measured.
+_REPETITION = ("seed=", "logger=", "hydra.", "data.root=", "trainer.threads=", "trainer.enable_progress_bar=", "fresh=")
+
+
+def filled(page: str) -> str:
+    """A page with its generated parts written anew."""
+    return _PART.sub(lambda part: f"{part[1]}\n{WRITERS[part[2]](part[3])}\n\n{part[4]}", page)
+
+
+# -- options ------------------------------------------------------------------------------------------------------
+
+
+def options(name: str) -> str:
+    """A table of the options of ``conf/<name>.yaml`` with their defaults, explained by the comments there."""
+    rows = [
+        f"| `{key}` | {f'`{value}`' if value else ''} | {markdown(comment)} |" for key, value, comment in _options(name)
+    ]
+    return "\n".join(["| option | default | what |", "|---|---|---|", *rows])
+
+
+def _options(name: str) -> Iterator[tuple[str, str, str]]:
+    """(dotted key, value, comment) of each line of a YAML; interpolated values and what Hydra itself reads left out."""
+    group = name.partition("/")[0]
+    holders: list[str] = []
+    for line in (CONF / f"{name}.yaml").read_text().splitlines():
+        found = _OPTION.fullmatch(line)
+        if found is None or found[2] in (*_SAME_FOR_ALL, "defaults"):
+            continue
+        depth, key, value, comment = len(found[1]) // 2, found[2], found[3] or "", found[4] or ""
+        comment = comment or _MEANINGS.get(key, "")
+        holders = [*holders[:depth], key]
+        if not value.startswith("${"):
+            yield ".".join([group, *holders]), value, comment
+
+
+def group(name: str) -> str:
+    """A table of the options of a config group, explained by the head of each file."""
+    rows = []
+    for path in sorted((CONF / name).glob("[!_]*.yaml")):
+        head = (line.removeprefix("#").strip() for line in _head(path))
+        about = itertools.takewhile(lambda line: not line.startswith("python -m"), head)
+        text = " ".join(line for line in about if not line.startswith("@"))
+        rows.append(f"| `{name}={path.stem}` | {markdown(text)} |")
+    return "\n".join(["| option | what |", "|---|---|", *rows])
+
+
+# -- what the code says -------------------------------------------------------------------------------------------
+
+
+def docstring(path: str) -> str:
+    """The docstring of a module."""
+    return (ast.get_docstring(ast.parse((ROOT / path).read_text())) or "").replace("``", "`")
+
+
+def modules(folder: str) -> str:
+    """The directive by which the site shows the docstrings of every module of a folder, not of those below it."""
+    names = sorted(path.stem for path in (ROOT / folder).glob("*.py") if path.stem != "__init__")
+    return "\n\n".join(f"::: {folder.replace('/', '.')}.{name}" for name in names)
+
+
+# -- recipes and figures ------------------------------------------------------------------------------------------
+
+
+def _recipe(name: str) -> DictConfig:
+    """What an experiment sets, the files it starts from included; ``model`` and ``data`` with their names."""
+    config = OmegaConf.load(EXPERIMENTS / f"{name}.yaml")
+    assert isinstance(config, DictConfig)
+    layers: list[Any] = []
+    for entry in config.pop("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":
+            layers.append(_recipe(entry))
+        elif OmegaConf.is_config(entry):
+            layers.append({k.removeprefix("override /"): {"_name_": v} for k, v in entry.items()})
+    return cast(DictConfig, OmegaConf.merge(*layers, config))
+
+
+def _recipes(model: str, data: str | None = None) -> list[str]:
+    """Names of the experiments with a network, on a data set."""
+    found: list[str] = []
+    for path in sorted(EXPERIMENTS.glob("*.yaml")):
+        recipe = _recipe(path.stem)
+        if recipe.model._name_ == model and data in (None, recipe.data._name_):
+            found.append(path.stem)
+    return found
+
+
+def recipes(model: str) -> str:
+    """What the head of each experiment with a network says, its command, and what was measured with it."""
+    out = []
+    for name in _recipes(model):
+        head = [line.removeprefix("#").strip() for line in _head(EXPERIMENTS / f"{name}.yaml")]
+        commands = [line for line in head if line.startswith("python -m")]
+        about = [line for line in head if line not in commands and not line.startswith("@")]
+        code = "\n".join(f"    {re.sub('  +', '   # ', line.partition(' (or:')[0].strip())}" for line in commands)
+        out.append(f"### `{name}`\n\n{code}\n\n{' '.join(about)}\n\n{_measured(name)}")
+    return "\n\n".join([*out, _small(model)])
+
+
+def _head(path: Any) -> list[str]:
+    lines = path.read_text().splitlines()
+    return lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+
+
+def _small(model: str) -> str:
+    """What the network's small form reached on drawn faces."""
+    name = f"small/{model}"
+    run = read_json(RECORDS / "small.json")["runs"].get(name)
+    about = "The same network, small enough for one CPU thread"
+    if run is None:
+        about += f", {_NOT_MEASURED}."
+    else:
+        share, cost = 100 * run["right"] / run["n"], run["core_minutes"]
+        about += f". **Measured here:** {share:.1f} % of {run['n']} drawn faces, one seed, {cost:.1f} core-minutes."
+    return (
+        f"### `{name}`\n\n    python -m fer.train experiment={name}\n\n{about} Without each of its blocks: "
+        "[small networks](../small.md)."
+    )
+
+
+def _records() -> dict[str, list[dict[str, Any]]]:
+    """Finished runs under docs/results by their command, without what only says which repetition it is."""
+    found = defaultdict(list)
+    for path in sorted(RECORDS.rglob("*.json")):
+        record = read_json(path)
+        if isinstance(record, dict) and {"command", "metrics", "tta", "n"} <= record.keys():
+            words = [word for word in record["command"].split() if not word.startswith(_REPETITION)]
+            found[" ".join(words)].append(record)
+    return found
+
+
+def _measured(experiment: str) -> str:
+    figures = measured(experiment)
+    return "**Not measured here.**" if figures == _NOT_MEASURED else f"**Measured here:** {figures}."
+
+
+def measured(experiment: str) -> str:
+    """Test accuracy of an experiment as ``docs/results`` has it, each variant of its command apart."""
+    out = []
+    for command, runs in _records().items():
+        if f"experiment={experiment}" in command.split():
+            figures = [
+                f"{_percent([run['metrics']['test'][key] for run in runs])} {name}"
+                for key, name in (("acc", "accuracy"), ("mean_acc", "mean class accuracy"))
+            ]
+            facts = [
+                f"n = {runs[0]['n']['test']:,}",
+                f"{len(runs)} seed{'s' if len(runs) > 1 else ''}",
+                f"views: {runs[0]['tta']}",
+                f"epoch chosen on {runs[0]['selected_on']}",
+                *sorted({stamp for run in runs for stamp in run["stamps"]}),
+            ]
+            out.append(f"{', '.join(figures)} ({', '.join(facts)}; `{command}`)")
+    return "; ".join(out) or _NOT_MEASURED
+
+
+def _percent(shares: list[float]) -> str:
+    spread = f" ± {100 * stdev(shares):.2f}" if len(shares) > 1 else ""
+    return f"{100 * mean(shares):.2f}{spread} %"
+
+
+# -- claims -------------------------------------------------------------------------------------------------------
+
+
+def claims(model: str) -> str:
+    """A table of what papers claim for a network."""
+    found = [claim for claim in load_claims(CONF / "claims.yaml") if claim.model == model]
+    lines = [
+        "| method | in | data | accuracy | mean class | how it was measured |",
+        "|---|---|---|---:|---:|---|",
+    ]
+    for claim in found:
+        cells = [claim.method, claim.paper, *_figures(claim), _how(claim)]
+        lines.append(f"| {' | '.join(map(markdown, cells))} |")
+    return "\n".join(lines) if found else "No paper's figure is held against this network."
+
+
+def _figures(claim: Claim) -> tuple[str, str, str]:
+    """Data set, accuracy, mean class accuracy."""
+    mark = " (void)" if claim.void else ""
+    acc, mean_acc = (f"{value:.2f} %{mark}" if value is not None else DASH for value in (claim.acc, claim.mean_acc))
+    return ", ".join(claim.data), acc, mean_acc
+
+
+def _how(claim: Claim) -> str:
+    return "; ".join([claim.protocol, *claim.remarks])
+
+
+def paper(key: str) -> str:
+    """A paper's table: every figure it prints, the recipes whose head names that figure, and what they gave here."""
+    title = OmegaConf.to_container(OmegaConf.load(CONF / "claims.yaml"))["papers"][key]  # type: ignore[call-overload, index]
+    lines = [
+        "| method | data | claimed | mean class | how it was measured | here | measured here |",
+        "|---|---|---:|---:|---|---|---|",
+    ]
+    for claim in load_claims(CONF / "claims.yaml"):
+        if claim.paper != title:
+            continue
+        names = [] if claim.model is None else [n for data in claim.data for n in _recipes(claim.model, data)]
+        names = [name for name in names if f"{claim.acc:g}" in " ".join(_head(EXPERIMENTS / f"{name}.yaml"))]
+        commands = "<br>".join(f"`experiment={name}`" for name in names) or DASH
+        figures = "<br>".join(measured(name) for name in names) or DASH
+        cells = [*map(markdown, [claim.method, *_figures(claim), _how(claim)]), commands, figures]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+WRITERS: dict[str, Callable[[str], str]] = {
+    "options": options,
+    "group": group,
+    "docstring": docstring,
+    "modules": modules,
+    "recipes": recipes,
+    "claims": claims,
+    "paper": paper,
+}
+
+
+def main() -> None:
+    """The command."""
+    if sys.argv[1:]:
+        print(__doc__)
+        return
+    for path in sorted(DOCS.rglob("*.md")):
+        old = path.read_text()
+        if (new := filled(old)) != old:
+            write_text(path, new)
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
