@@ -10,7 +10,7 @@ PERIOD = 1.0  # s between two looks of the bar; drawing it takes milliseconds, m
 
 
 class Bar(RichProgressBar):
-    """Rich's bar, moved and drawn once a second: Lightning's moves with every batch and draws as often as it is told."""
+    """Rich's bar, moved and drawn once a second; Lightning's moves with every batch and draws as often as told."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1)  # per second

@@ -15,11 +15,13 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from fer.benching.training import Fit, Loop, Prepared, composed, prepared, steps_for, twin
+from fer.benching.training import Fit, Prepared, by_hand, composed, prepared, steps_for, twin
 from fer.benching.windows import Bench, Row, compare, interleave
 from fer.experiment import watchers
 from fer.models.base import ExpressionModule
 from fer.runs import RunFolder
+from fer.session import protect
+from fer.stopping import Stop
 from fer.trainer import quieten
 
 
@@ -35,11 +37,9 @@ def _models(bench: Bench) -> Iterator[Row]:
         config = composed(f"experiment=small/{model}", *_words(bench))
         module, data = prepared(config)
         with ours(config, module, data, bench.folder / model) as fit:
-            loop = Loop(twin(module), data, bf16="bf16" in str(module.trainer.precision))
-            steps, seconds = steps_for(options["window_seconds"], loop.window)
-            windows = interleave(
-                {"ours": partial(fit.window, steps), "by hand": partial(loop.window, steps)}, bench.windows
-            )
+            loop = by_hand(twin(module), data, bf16="bf16" in str(module.trainer.precision))
+            steps, seconds = steps_for(options["window_seconds"], loop)
+            windows = interleave({"ours": partial(fit.window, steps), "by hand": partial(loop, steps)}, bench.windows)
         judged = 1000 * seconds > options["over_ms"]
         yield compare(
             f"`{model}`",
@@ -80,10 +80,10 @@ def ours(config: DictConfig, module: ExpressionModule, data: Prepared, folder: P
     loggers = [instantiate(node, run_id=folder.name, save_dir=str(folder)) for node in (config.logger or {}).values()]
 
     def trainer(windows: list[Callback]) -> lightning.Trainer:
-        callbacks = [*watchers(config, RunFolder(folder), module), *windows]
-        made: lightning.Trainer = instantiate(
-            config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder)
-        )
+        callbacks = [*watchers(config, RunFolder(folder), module, Stop()), *windows]
+        made = instantiate(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder))
+        protect(module, made, RunFolder(folder))
+        assert isinstance(made, lightning.Trainer)
         return made
 
     with drawn_on_a_terminal(), Fit(trainer, module, data) as fit:

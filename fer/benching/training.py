@@ -1,4 +1,4 @@
-"""One training, run a window at a time: Lightning's by `Fit`, a hand-written loop's by `Loop`.
+"""One training, run a window at a time: Lightning's by `Fit`, a hand-written loop's by `by_hand`.
 
 Both train a copy of the same network on the same batches, made beforehand, with the same optimiser, schedule, clipping
 and precision. A window is so many whole steps in the middle of a training; neither start-up nor the end of an epoch is
@@ -9,7 +9,7 @@ import contextlib
 import copy
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import lightning
@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, flag_override
-from torch import Tensor
+from torch import Tensor, nn
 
 from fer.benching.windows import Times, timed
 from fer.config import compose_like_hydra
@@ -171,35 +171,51 @@ class Loop:
 
     Args:
         module: its network, its loss and its optimiser are used, nothing of Lightning's.
-        data: the batches.
+        class_counts: images per class, for the loss.
         bf16: run the forward pass under bf16 autocast.
+        steps_per_epoch: of the schedule.
+        epochs: of the schedule.
     """
 
-    def __init__(self, module: ExpressionModule, data: Prepared, bf16: bool) -> None:
-        module.loss_function.setup(torch.as_tensor(data.class_counts("train")))
+    def __init__(
+        self, module: ExpressionModule, class_counts: Any, bf16: bool, steps_per_epoch: int, epochs: int
+    ) -> None:
+        module.loss_function.setup(torch.as_tensor(class_counts))
         module.loss_function.attach(module)
         groups = [*module.parameter_groups(), {"params": list(module.loss_function.parameters())}]
-        made = module.optim.configure(groups, steps_per_epoch=ENDLESS, max_epochs=1)
+        made = module.optim.configure(groups, steps_per_epoch=steps_per_epoch, max_epochs=epochs)
         self.optimizer, self.scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
         self.module, self.bf16 = module.train(), bf16
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self._batches = iter(data)
-        self.window(1)
 
-    def window(self, steps: int) -> Times:
-        """Run so many steps."""
-        module, optimizer, scheduler, clip = self.module, self.optimizer, self.scheduler, self.module.optim.clip
+    def run(self, batches: Iterable[Batch]) -> None:
+        """A step on each batch."""
+        module, optimizer, scheduler, recipe = self.module, self.optimizer, self.scheduler, self.module.optim
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                loss, _ = module.loss(batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.parameters, recipe.clip_norm)
+            if recipe.clip_value is not None:
+                nn.utils.clip_grad_value_(self.parameters, recipe.clip_value)
+            optimizer.step()
+            scheduler.step()
+
+
+def by_hand(module: ExpressionModule, data: Prepared, bf16: bool) -> Callable[[int], Times]:
+    """Windows of a hand-written loop, its first step, which costs what no other does, behind it."""
+    loop = Loop(module, data.class_counts("train"), bf16, ENDLESS, epochs=1)
+    batches = iter(data)
+    loop.run(itertools.islice(batches, 1))
+
+    def window(steps: int) -> Times:
         with timed(steps) as times:
-            for _ in range(steps):
-                batch = next(self._batches)
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                    loss, _ = module.loss(batch)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                clip(self.parameters)
-                optimizer.step()
-                scheduler.step()
+            loop.run(itertools.islice(batches, steps))
         return times
+
+    return window
 
 
 def twin(module: ExpressionModule) -> ExpressionModule:

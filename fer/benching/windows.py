@@ -71,11 +71,17 @@ Variant = Callable[[], Times]  # runs one window
 Windows = dict[str, list[Times]]  # the times of each variant, round by round
 
 
-def interleave(variants: Mapping[str, Variant], rounds: int) -> Windows:
-    """Run one window of every variant in each round, beginning with another one each time; the first round warms up."""
+def interleave(variants: Mapping[str, Variant], rounds: int, *, warm_up: bool = True) -> Windows:
+    """Run one window of every variant in each round, beginning with another one each time.
+
+    Args:
+        variants: what runs one window, by name.
+        rounds: windows of each that are kept.
+        warm_up: run one round before them; processes of their own need none.
+    """
     names = list(variants)
     windows: Windows = {name: [] for name in names}
-    for number in range(-1, rounds):
+    for number in range(-1 if warm_up else 0, rounds):
         first = number % len(names)
         for name in (*names[first:], *names[:first]):
             times = variants[name]()

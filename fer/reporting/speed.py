@@ -87,13 +87,14 @@ def main() -> None:
         records = {path.stem: read_json(path) for path in sorted(RECORDS.glob("*.json"))}
         if not records:
             raise UserError(f"{RECORDS} holds no figures: write them by python -m fer.bench out=docs/results/speed")
-        write_text(PAGE, page(records, {part: _text(part) for part in records}))
+        write_text(PAGE, page(records, {part: text_of(part) for part in records}))
     except UserError as error:
         sys.exit(f"error: {error}")
     print(PAGE)
 
 
-def _text(part: str) -> str:
+def text_of(part: str) -> str:
+    """The hand-written text above a part's table."""
     path = RECORDS / f"{part}.md"
     return path.read_text() if path.is_file() else f"## {part}"
 
