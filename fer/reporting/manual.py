@@ -5,6 +5,7 @@ disagree with its source; the rest of the page is prose. `WRITERS` has the kinds
 """
 
 import ast
+import functools
 import itertools
 import re
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from statistics import mean, stdev
 from typing import Any, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from fer.config import CONF
@@ -96,6 +98,7 @@ def modules(folder: str) -> str:
 # -- recipes and figures ------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _recipe(name: str) -> DictConfig:
     """What an experiment sets, the files it starts from included; ``model`` and ``data`` with their names."""
     config = OmegaConf.load(EXPERIMENTS / f"{name}.yaml")
@@ -152,6 +155,7 @@ def _small(model: str) -> str:
     )
 
 
+@functools.cache
 def _records() -> dict[str, list[dict[str, Any]]]:
     """Finished runs under docs/results by their command, without what only says which repetition it is."""
     found = defaultdict(list)
@@ -198,22 +202,32 @@ def _percent(shares: list[float]) -> str:
 
 def claims(model: str) -> str:
     """A table of what papers claim for a network."""
-    found = [claim for claim in load_claims(CONF / "claims.yaml") if claim.model == model]
+    found = [claim for claim in _claims() if claim.model == model]
     lines = [
-        "| method | in | data | accuracy | mean class | how it was measured |",
-        "|---|---|---|---:|---:|---|",
+        "| method | on | claimed | how it was measured |",
+        "|---|---|---|---|",
     ]
     for claim in found:
-        cells = [claim.method, claim.paper, *_figures(claim), _how(claim)]
+        cells = [f"{claim.method} ({claim.paper})", *_figures(claim), _how(claim)]
         lines.append(f"| {' | '.join(map(markdown, cells))} |")
     return "\n".join(lines) if found else "No paper's figure is held against this network."
 
 
-def _figures(claim: Claim) -> tuple[str, str, str]:
-    """Data set, accuracy, mean class accuracy."""
-    mark = " (void)" if claim.void else ""
-    acc, mean_acc = (f"{value:.2f} %{mark}" if value is not None else DASH for value in (claim.acc, claim.mean_acc))
-    return ", ".join(claim.data), acc, mean_acc
+@functools.cache
+def _papers() -> dict[str, str]:
+    papers: dict[str, str] = yaml.safe_load((CONF / "claims.yaml").read_text())["papers"]
+    return papers
+
+
+@functools.cache
+def _claims() -> list[Claim]:
+    return load_claims(CONF / "claims.yaml")
+
+
+def _figures(claim: Claim) -> tuple[str, str]:
+    """Data sets, and the figures claimed."""
+    figures = f"{claim.acc:.2f} %" + ("" if claim.mean_acc is None else f", mean class {claim.mean_acc:.2f} %")
+    return ", ".join(claim.data), figures + (" (void)" if claim.void else "")
 
 
 def _how(claim: Claim) -> str:
@@ -222,19 +236,18 @@ def _how(claim: Claim) -> str:
 
 def paper(key: str) -> str:
     """A paper's table: every figure it prints, the recipes whose head names that figure, and what they gave here."""
-    title = OmegaConf.to_container(OmegaConf.load(CONF / "claims.yaml"))["papers"][key]  # type: ignore[call-overload, index]
+    title = _papers()[key]
     lines = [
-        "| method | data | claimed | mean class | how it was measured | here | measured here |",
-        "|---|---|---:|---:|---|---|---|",
+        "| method | on | claimed | how it was measured | here |",
+        "|---|---|---|---|---|",
     ]
-    for claim in load_claims(CONF / "claims.yaml"):
+    for claim in _claims():
         if claim.paper != title:
             continue
         names = [] if claim.model is None else [n for data in claim.data for n in _recipes(claim.model, data)]
         names = [name for name in names if f"{claim.acc:g}" in " ".join(_head(EXPERIMENTS / f"{name}.yaml"))]
-        commands = "<br>".join(f"`experiment={name}`" for name in names) or DASH
-        figures = "<br>".join(measured(name) for name in names) or DASH
-        cells = [*map(markdown, [claim.method, *_figures(claim), _how(claim)]), commands, figures]
+        here = "<br>".join(f"`experiment={name}` {measured(name)}" for name in names) or DASH
+        cells = [*map(markdown, [claim.method, *_figures(claim), _how(claim)]), here]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
