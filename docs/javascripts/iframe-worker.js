@@ -1,26 +1,20 @@
 // Browsers start no worker from a file. Where a page was opened from the file system, the search runs in a hidden frame.
 if (location.protocol === "file:") {
-  window.Worker = class extends EventTarget {
+  window.Worker = class {
     constructor(script) {
-      super();
-      this.waiting = [];
       this.frame = document.createElement("iframe");
       this.frame.hidden = true;
       document.body.append(this.frame);
-      const inner = this.frame.contentWindow;
-      inner.postMessage = (data) => this.onmessage?.({ data });
-      const element = inner.document.createElement("script");
+      this.inner = this.frame.contentWindow;
+      this.inner.postMessage = (data) => setTimeout(() => this.onmessage?.({ data })); // later, as a worker's come
+      const element = this.inner.document.createElement("script");
+      this.ready = new Promise((resolve) => element.addEventListener("load", resolve));
+      element.addEventListener("error", (error) => this.onerror?.(error));
       element.src = script;
-      element.onerror = (error) => this.onerror?.(error);
-      element.onload = () => {
-        this.ready = true;
-        this.waiting.forEach((data) => this.postMessage(data));
-      };
-      inner.document.body.append(element);
+      this.inner.document.body.append(element);
     }
     postMessage(data) {
-      if (this.ready) this.frame.contentWindow.onmessage({ data });
-      else this.waiting.push(data);
+      this.ready.then(() => setTimeout(() => this.inner.onmessage({ data })));
     }
     terminate() {
       this.frame.remove();
