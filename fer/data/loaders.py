@@ -150,7 +150,7 @@ class StoreDataset(Dataset[dict[str, Tensor]]):
         return {**seen, "image": default_collate(seen["image"]), "index": torch.from_numpy(rows), **fields}
 
 
-def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -196,9 +196,10 @@ class WorkerLoader(_Loader):
     ) -> None:
         super().__init__(sampler, remember_position)
         self.device, self.finish = device, finish
+        places: Any = _Places(sampler)
         self.loader = DataLoader(
             dataset,
-            batch_sampler=_Places(sampler),
+            batch_sampler=places,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",

@@ -127,7 +127,7 @@ class Finish:
         out = torch.empty(pixels.flatten(2).shape, device=pixels.device)
         # On a CPU image by image, which stays in the cache between the three passes.
         step = 1 if pixels.device.type == "cpu" else len(pixels)
-        for made, values in zip(out.split(step), pixels.flatten(2).split(step), strict=True):
+        for made, values in zip(torch.split(out, step), torch.split(pixels.flatten(2), step), strict=True):
             made.copy_(values).mul_(factor).add_(offset)
         return out.view(pixels.shape).permute(0, 3, 1, 2)
 
