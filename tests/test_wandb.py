@@ -129,8 +129,7 @@ def test_without_its_local_process_the_run_goes_on(logger: Wandb, caplog: pytest
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("manner", ["error", "cut"])
-@pytest.mark.parametrize("when", ["middle", "end"])
+@pytest.mark.parametrize(("when", "manner"), [("middle", "error"), ("middle", "cut"), ("end", "cut")])
 def test_a_server_that_fails_and_comes_back_gets_every_row_once(
     when: str, manner: str, server: FakeWandb, logger: Wandb, tmp_path: Path
 ) -> None:
