@@ -2,7 +2,7 @@
 
 python -m fer.bench                                        every part, about 12 core-minutes
 python -m fer.bench parts=[overhead,startup] windows=5     some of it
-python -m fer.bench out=docs/results/speed                 the figures of docs/speed.md
+python -m fer.bench out=docs/results/speed                 the figures of docs/speed.md, see fer/reporting/manual.py
 """
 
 import os

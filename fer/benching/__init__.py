@@ -2,5 +2,6 @@
 
 A part is a module here with ``measure(bench: Bench) -> list[Row]`` and a node of the same name in ``conf/bench.yaml``,
 which holds its options. It puts its variants into `fer.benching.windows.interleave` and makes a row of each comparison
-with `fer.benching.windows.compare`. The text above its table on ``docs/speed.md`` is ``docs/results/speed/<part>.md``.
+with `fer.benching.windows.compare`. Its table on ``docs/speed.md`` stands between ``<!-- speed <part> -->`` and
+``<!-- end -->`` and is written by ``python -m fer.reporting.manual``.
 """

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def copy_of(run: Path, folder: Path, seed: int) -> None:
     write_json(folder / "results.json", {**results, "seed": seed, "job_key": key})
     write_json(folder / "status.json", {**read_json(folder / "status.json"), "job_key": key})
     config = (folder / "config.yaml").read_text()
-    write_text(folder / "config.yaml", config.replace(f"seed: {results['seed']}\n", f"seed: {seed}\n"))
+    write_text(folder / "config.yaml", re.sub(rf"(?m)^( *)seed: {results['seed']}$", rf"\g<1>seed: {seed}", config))
 
 
 def _report(folder: Path, count: int) -> Times:

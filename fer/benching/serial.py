@@ -63,7 +63,6 @@ def _accuracy(module: ExpressionModule, loader: Any, bf16: bool) -> float:
 def main() -> None:
     """The script."""
     folder, folds, *words = sys.argv[1:]
-    torch.set_num_threads(1)
     with timed() as times:
         accuracies = [train_fold(words, fold, Path(folder) / f"fold{fold}.pt") for fold in range(int(folds))]
     print(json.dumps({"cpu": times.cpu, "wall": times.wall, "accuracy": accuracies}))

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fer.config import CONF
 from fer.reporting.claims import Claim, load_claims
+from fer.reporting.speed import section
 from fer.reporting.tables import DASH, markdown
 from fer.runs import read_json, write_text
 
@@ -260,6 +261,7 @@ WRITERS: dict[str, Callable[[str], str]] = {
     "recipes": recipes,
     "claims": claims,
     "paper": paper,
+    "speed": section,
 }
 
 

@@ -1,30 +1,11 @@
-"""``python -m fer.reporting.speed``: docs/speed.md from the figures in docs/results/speed/.
+"""The tables of docs/speed.md, from what ``python -m fer.bench out=docs/results/speed`` wrote."""
 
-``python -m fer.bench out=docs/results/speed`` writes ``<part>.json`` there; ``<part>.md`` beside it, by hand, says what
-is compared, and where a goal is missed, why.
-"""
-
-import sys
 from typing import Any
 
 from fer.config import CONF
-from fer.errors import UserError
-from fer.runs import read_json, write_text
+from fer.runs import read_json
 
-DOCS = CONF.parent / "docs"
-RECORDS, PAGE = DOCS / "results" / "speed", DOCS / "speed.md"
-
-HEAD = """# Speed, measured
-
-    python -m fer.bench                      # every part that needs no GPU
-    python -m fer.bench parts=[overhead]     # one of them
-
-Every figure is taken beside its baseline in one run on one machine, in windows that take turns, the threads pinned.
-The figure is the median over the rounds of what is compared within a round; then its quartiles, and in brackets the
-95 % interval of the median. Times are CPU time unless a row says otherwise. The figures are in `results/speed/`;
-`python -m fer.reporting.speed` makes this page from them.
-
-"""
+RECORDS = CONF.parent / "docs" / "results" / "speed"
 COLUMNS = ("what", "measured", "beside", "baseline", "figure", "quartiles", "95 %", "n", "goal", "")
 
 
@@ -59,45 +40,18 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def page(records: dict[str, Any], texts: dict[str, str]) -> str:
-    """The Markdown of all parts.
-
-    Args:
-        records: what `fer.benching.records.save` wrote, by part.
-        texts: the hand-written text above each table, by part; it begins with the part's heading.
-    """
-    sections = []
-    for part, record in records.items():
-        where, made = record["machine"], record["versions"]
-        facts = (
-            f"`{record['command']}`, commit {record['git_commit']}, {record['taken']}: {where['cpu']}, "
-            f"{where['cores']} cores, {record['threads']} thread{'s' if record['threads'] > 1 else ''}, "
-            f"torch {made['torch']}, lightning {made['lightning']}."
-        )
-        sections.append(f"{texts.get(part, f'## {part}').strip()}\n\n{facts}\n\n{table(record['rows'])}\n")
-    return HEAD + "\n".join(sections)
+def section(part: str) -> str:
+    """What ran where, and the part's table."""
+    path = RECORDS / f"{part}.json"
+    return section_of(read_json(path)) if path.is_file() else "Not measured yet."
 
 
-def main() -> None:
-    """The command."""
-    if sys.argv[1:]:
-        print(__doc__)
-        return
-    try:
-        records = {path.stem: read_json(path) for path in sorted(RECORDS.glob("*.json"))}
-        if not records:
-            raise UserError(f"{RECORDS} holds no figures: write them by python -m fer.bench out=docs/results/speed")
-        write_text(PAGE, page(records, {part: text_of(part) for part in records}))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(PAGE)
-
-
-def text_of(part: str) -> str:
-    """The hand-written text above a part's table."""
-    path = RECORDS / f"{part}.md"
-    return path.read_text() if path.is_file() else f"## {part}"
-
-
-if __name__ == "__main__":
-    main()
+def section_of(record: dict[str, Any]) -> str:
+    """`section` of what `fer.benching.records.save` wrote."""
+    where, made = record["machine"], record["versions"]
+    threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+    facts = (
+        f"`{record['command']}`, commit {record['git_commit']}, {record['taken']}: {where['cpu']}, "
+        f"{where['cores']} cores, {threads}, torch {made['torch']}, lightning {made['lightning']}."
+    )
+    return f"{facts}\n\n{table(record['rows'])}"
