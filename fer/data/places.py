@@ -5,6 +5,7 @@ Between the manifest's pixels and the input's, places are measured as `torch.nn.
 """
 
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
 import torch
@@ -71,7 +72,8 @@ def follow(batch: Mapping[str, Tensor], matrix: Tensor, size: int) -> dict[str, 
         values = batch[key]
         if key in ("organ_boxes", "face_organ_boxes", "landmarks"):
             order = MIRROR[values.shape[1]] if key == "landmarks" else _ORGANS_MIRRORED
-            values = torch.where(mirrored.view(-1, *(1,) * (values.ndim - 1)), values[..., list(order), :], values)
+            swapped = values.index_select(-2, _indices(tuple(order), values.device))
+            values = torch.where(mirrored.view(-1, *(1,) * (values.ndim - 1)), swapped, values)
         centre = _turned(matrix[:, :, :2], values[..., :2]) + matrix[:, :, 2].view(-1, *(1,) * (values.ndim - 2), 2)
         if key == "landmarks":
             inside = (centre.abs() <= 1).all(-1, keepdim=True)
@@ -82,6 +84,12 @@ def follow(batch: Mapping[str, Tensor], matrix: Tensor, size: int) -> dict[str, 
             box = torch.cat([low + 1, high - low], dim=-1) * (size / 2)
             out[key] = torch.where((high > low).all(-1, keepdim=True), box, torch.nan)
     return out
+
+
+@cache
+def _indices(order: tuple[int, ...], device: torch.device) -> Tensor:
+    """An order on the device, copied there once: a copy in every step would wait for the device."""
+    return torch.tensor(order, device=device)
 
 
 def _turned(matrix: Tensor, points: Tensor) -> Tensor:
