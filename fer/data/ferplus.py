@@ -13,7 +13,7 @@ import numpy as np
 
 from fer.data.base import DataOptions
 from fer.data.fer2013 import REQUEST, full_tables, read_full_table
-from fer.data.images import list_images
+from fer.data.images import list_images, listed_images
 from fer.data.manifest import Array, Manifest
 from fer.data.tables import (
     PixelTableModule,
@@ -168,6 +168,8 @@ FER2013{Train,Valid,Test}/fer0000000.png, label.csv"""
         for name, part in _FOLDERS.items():
             directory = folder / f"FER2013{name}"
             files, left_out = list_images(directory) if directory.is_dir() else ([], [])
+            if files:
+                listed_images(directory, Path(self.root), directory / "label.csv")
             prefix = directory.relative_to(self.root).as_posix()
             skipped += [(f"{prefix}/{file}", reason) for file, reason in left_out]
             for file in files:

@@ -4,8 +4,10 @@ The rule, on every machine and in every command:
 
 - JPEG, PNG, WEBP and BMP, told apart by content and never by extension; anything else is refused.
 - A file cut short is refused, also a JPEG that lacks only its end marker: libjpeg fills what is missing with grey, so
-  nothing shows afterwards that pixels are invented.
-- More than `MAX_PIXELS` are refused from the header, before memory is spent.
+  nothing shows afterwards that pixels are invented. So is a PNG one of whose checksums is wrong. A JPEG has none: bytes
+  changed in the middle of one give other pixels, which only a checksum of the file could tell.
+- More than `MAX_PIXELS` are refused from the header, before memory is spent, and so is a JPEG that promises more than
+  its bytes can hold.
 - 16-bit grey is divided by 257 (65535 becomes 255). 16-bit colour keeps its high byte, at most one level away.
 - Transparent pixels are laid over white, as a viewer shows them.
 - CMYK and palette pictures become RGB; the EXIF orientation is applied.
@@ -24,6 +26,7 @@ import PIL.Image
 from fer.errors import UserError
 
 MAX_PIXELS = 50_000_000
+MAX_BYTES = 500_000_000  # more than so many pixels need in any format
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -76,16 +79,17 @@ def read_image(path: Path) -> Pixels:
         raise BadImage(path, "not a regular file")
     if status.st_size == 0:
         raise BadImage(path, "the file is empty (0 bytes)")
+    if status.st_size > MAX_BYTES:
+        raise BadImage(path, f"a file of {status.st_size:,} bytes, more than a picture needs")
     try:
         with PIL.Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadImage(
-                    path,
-                    f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million",
-                )
-            if image.format != "MPO" and getattr(image, "is_animated", False):
-                raise BadImage(path, "an animation, not a single picture")
+            reason = _header_problem(image, status.st_size)
+            if reason is not None:
+                raise BadImage(path, reason)
+            if image.format != "PNG":
+                return _to_uint8(_upright(image))
+            image.verify()  # its checksums, which decoding passes over; the picture must then be opened again
+        with PIL.Image.open(path, formats=["PNG"]) as image:
             return _to_uint8(_upright(image))
     except BadImage:
         raise
@@ -96,6 +100,19 @@ def read_image(path: Path) -> Pixels:
     except Exception as error:  # damaged bytes make decoders raise nearly anything
         reason = "cut short (truncated)" if "truncated" in str(error).lower() else f"cannot be decoded ({error})"
         raise BadImage(path, reason) from error
+
+
+def _header_problem(image: PIL.Image.Image, size: int) -> str | None:
+    """Why a picture is not worth decoding, from its header and its ``size`` in bytes."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        return f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million"
+    # Each block of 8 x 8 pixels takes a bit at least.
+    if image.format in ("JPEG", "MPO") and (width // 8) * (height // 8) > 8 * size:
+        return f"cut short (truncated): {size:,} bytes cannot hold {width} x {height} pixels"
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        return "an animation, not a single picture"
+    return None
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -157,6 +174,20 @@ def safe_join(root: Path, relative: str, source: str = "") -> Path:
     if not path.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{where}{relative!r} is a link leading outside {root}; copy the file there or drop that row")
     return path
+
+
+def listed_images(folder: Path, root: Path, source: Path) -> set[str]:
+    """Names of the picture files in ``folder`` that a list of labels may name.
+
+    Raises:
+        UserError: one is a link leading outside ``root``; ``source`` is the list, for the message.
+    """
+    names = set(list_images(folder)[0])
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name in names and entry.is_symlink():
+                safe_join(root, (folder / entry.name).relative_to(root).as_posix(), str(source))
+    return names
 
 
 def list_images(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:

@@ -12,7 +12,7 @@ from typing import Unpack
 import numpy as np
 
 from fer.data.base import DataOptions, ExpressionDataModule
-from fer.data.images import list_images, subfolders, valid_boxes
+from fer.data.images import list_images, listed_images, subfolders, valid_boxes
 from fer.data.manifest import Array, Manifest
 from fer.data.tables import Skipped, check_option, find_form, read_rows
 from fer.errors import UserError
@@ -103,7 +103,7 @@ or
         path = _list_files(folder)[0]
         directory = _with_files(folder / "Image" / self.image, ".jpg")
         prefix = directory.relative_to(self.root).as_posix()
-        there = set(list_images(directory)[0]) if directory.is_dir() else set()
+        there = listed_images(directory, Path(self.root), path) if directory.is_dir() else set()
         if not there:
             raise UserError(
                 f"{folder / 'Image' / self.image} holds no images: unpack {self.image}.zip there, or set "

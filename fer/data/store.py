@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from rich.progress import Progress
 
 from fer.data.images import BadImage, window
 from fer.data.manifest import Array, Manifest
+from fer.errors import UserError
 from fer.runs import sync
 
 VERSION = 3  # raise when decoding, resizing or the files of a store change
@@ -139,15 +141,21 @@ def open_store(
         with FileLock(cache / f"{name}-{key}.lock"):
             if not path.is_dir():
                 _build(path, manifest(), read, key_parts["size"], key_parts["channels"], sequential, crop_to_box)
-    return Store(
-        path=path,
-        manifest=Manifest.load(path / "manifest.npz"),
-        # Copy-on-write, so that torch gets a writable array and the file still never changes.
-        images=np.load(path / "images.npy", mmap_mode="c"),
-        windows=np.load(path / "windows.npy"),
-        copies=np.load(path / "pixels.npy"),
-        bad=tuple((int(row), str(why)) for row, why in json.loads((path / "bad.json").read_text())),
-    )
+    try:
+        return Store(
+            path=path,
+            manifest=Manifest.load(path / "manifest.npz"),
+            # Copy-on-write, so that torch gets a writable array and the file still never changes.
+            images=np.load(path / "images.npy", mmap_mode="c", allow_pickle=False),
+            windows=np.load(path / "windows.npy", allow_pickle=False),
+            copies=np.load(path / "pixels.npy", allow_pickle=False),
+            bad=tuple((int(row), str(why)) for row, why in json.loads((path / "bad.json").read_text())),
+        )
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"the decoded images in {path} are damaged ({why}): remove that folder, it is made anew"
+        ) from None
 
 
 def _build(
@@ -172,6 +180,9 @@ def _fill(
     folder: Path, manifest: Manifest, read: Reader, size: int, channels: int, sequential: bool, crop_to_box: bool
 ) -> None:
     n = len(manifest)
+    if not n:
+        why = f", the first: {' '.join(manifest.skipped[0])}" if manifest.skipped else ""
+        raise UserError(f"{manifest.form}: no image can be used{why}; check data.root and the lists in it")
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (n, size, size, channels))
     with (folder / "images.npy").open("rb+") as file:
         # Else, where the disk is full, a page of the map without a place on it would kill the process without a word.

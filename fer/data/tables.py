@@ -23,6 +23,7 @@ Array = np.ndarray[Any, Any]
 Skipped = list[tuple[str, str]]
 
 SIDE = 48  # FER2013's images, and those of the csv files modelled on it, are 48 x 48
+MAX_LINE = 10_000_000  # letters; a small compressed file could unpack to one line without end
 _COMPRESSIONS = (".xz", ".gz", ".bz2", ".zip")
 _UNREADABLE = (
     EOFError,
@@ -121,6 +122,14 @@ def _open_zip(path: Path) -> Any:
     return archive.open(members[0])
 
 
+def _lines(text: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a text, none longer than any table's."""
+    while line := text.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise csv.Error(f"a line is longer than {MAX_LINE:,} letters")
+        yield line
+
+
 def _split_first_line(line: str, columns: Sequence[str]) -> tuple[str, list[str]]:
     """Delimiter and fields of the first line: the delimiter that yields most known column names, or their number."""
 
@@ -140,7 +149,7 @@ def read_header(path: Path, columns: Sequence[str]) -> set[str]:
     """The names among ``columns`` that the first line of a csv has; empty where it has no header."""
     try:
         with open_text(path) as text:
-            fields = _split_first_line(text.readline(), columns)[1]
+            fields = _split_first_line(text.readline(MAX_LINE), columns)[1]
     except _UNREADABLE:
         return set()
     return set(_names(fields)) & set(columns)
@@ -172,7 +181,7 @@ def read_rows(
     """
     try:
         with open_text(path) as text:
-            first = text.readline()
+            first = text.readline(MAX_LINE)
             delimiter, fields = _split_first_line(first, columns)
             names = _names(fields)
             has_header = any(name in columns for name in names)
@@ -189,7 +198,7 @@ def read_rows(
                 raise UserError(f"{path}: the header names a column twice ({', '.join(names)}); remove one of them")
             position = {name: names.index(name) for name in columns if name in names}
             blank = dict.fromkeys(columns, "")
-            for row, values in enumerate(csv.reader(text, delimiter=delimiter, skipinitialspace=True)):
+            for row, values in enumerate(csv.reader(_lines(text), delimiter=delimiter, skipinitialspace=True)):
                 if len(values) == len(names):
                     yield (
                         row,
@@ -261,6 +270,9 @@ def read_pixel_table(path: Path, classes: int, usages: Sequence[str] | None = No
         labels.append(label)
         usage.append(values["usage"])
         pixels += image
+    if not rows:
+        first = f", the first: {skipped[0][1]}" if skipped else ""
+        raise UserError(f"{path}: none of its {last + 1} rows is an image that can be read{first}; fetch it again")
     total = max([last, *(int(item.rpartition(":")[2]) for item, _ in skipped)]) + 1
     return PixelTable(
         name=plain_name(path),

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fer.reporting.statistics import wilson_half_width
+from fer.reporting.tables import inert
 
 SCORES = {"acc": "accuracy", "mean_acc": "mean class accuracy", "macro_f1": "macro F1"}
 SURE = {"ece": "ECE", "nll": "NLL", "brier": "Brier score"}
@@ -17,7 +18,7 @@ SURE = {"ece": "ECE", "nll": "NLL", "brier": "Brier score"}
 def _rows(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table, the first column to the left."""
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
-    return [*("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines), ""]
+    return [*("| " + " | ".join(map(inert, line)) + " |" for line in lines), ""]
 
 
 def _percent(share: float | None) -> str:
@@ -27,8 +28,8 @@ def _percent(share: float | None) -> str:
 def page(results: dict[str, Any]) -> str:
     """Everything in ``results.json`` that a person wants to read."""
     found, test, n = results["evaluation"], results["metrics"]["test"], results["n"]["test"]
-    lines = [f"# {results['model']} on {results['data']}", ""]
-    lines += [f"- {line}" for line in notes(results)] + [""]
+    lines = [f"# {inert(results['model'])} on {inert(results['data'])}", ""]
+    lines += [f"- {inert(line)}" for line in notes(results)] + [""]
     half = 100 * wilson_half_width(test["acc"], n)
     lines += _rows(
         [f"test part, n = {n:,}", "%"],

@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 
 from fer.errors import UserError
 from fer.metrics import Array, confusion_counts
+from fer.reporting.tables import inert
 from fer.trained import TrainedRun
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -137,7 +138,7 @@ def metric_rows(counts: Array, classes: list[str], scores: dict[str, float], see
         if support:
             ci = binomtest(int(right), int(support)).proportion_ci(method="wilson")
             rows.append(
-                (f"accuracy of {name}", f"{100 * right / support:.2f} %", percent(ci.low, ci.high), int(support))
+                (f"accuracy of {inert(name)}", f"{100 * right / support:.2f} %", percent(ci.low, ci.high), int(support))
             )
     return [{"name": name, "value": value, "interval": ci, "n": f"{m:,}"} for name, value, ci, m in rows]
 

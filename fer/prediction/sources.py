@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from fer.data.images import BadImage, Pixels, list_images, read_image, subfolders
+from fer.data.images import MAX_PIXELS, NO_FILE, BadImage, Pixels, list_images, read_image, subfolders
 from fer.errors import UserError
 
 # What FFmpeg and OpenCV have to say of damage is said in a sentence here.
@@ -22,6 +22,8 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ogv")
+# A picture under a video's name is read as a picture.
+PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
 USUAL_FPS = 25.0  # of a video that does not say
 FRAMES, PIXELS = 16, 30_000_000  # of a batch, at most, but one picture at least
 CAMERA_FPS = 10.0  # of the video written from a camera, in which frames are repeated to keep time
@@ -44,6 +46,21 @@ class Frame:
     number: int | None = None
     time: float | None = None
     fps: float | None = None
+
+
+def is_video(path: Path) -> bool:
+    """Whether to read a file with a video's name as a video: not where its content is a picture.
+
+    Raises:
+        BadImage: it is no regular file, or a text: FFmpeg would go and read what a playlist names.
+    """
+    if not path.is_file():  # opening a FIFO would wait for ever
+        raise BadImage(path, "not a regular file" if path.exists() else NO_FILE)
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
+        raise BadImage(path, "a text, not a video: a playlist is not followed")
+    return not head.startswith(PICTURES) and head[8:12] != b"WEBP"
 
 
 class Source:
@@ -99,6 +116,11 @@ class Source:
         return sum(self._length(name) if name.lower().endswith(VIDEOS) else 1 for name in self.names)
 
     def _length(self, name: str) -> int:
+        try:
+            if not is_video(self.folder / name):
+                return 1
+        except BadImage:
+            return 0
         video = cv2.VideoCapture(str(self.folder / name))
         frames = math.ceil(max(video.get(cv2.CAP_PROP_FRAME_COUNT), 0) / self.every)
         video.release()
@@ -109,15 +131,13 @@ class Source:
         if self.camera is not None:
             yield from self._frames(f"camera {self.camera}", self.camera)
         for name in self.names:
-            if name.lower().endswith(VIDEOS):
-                yield from self._frames(name, self.folder / name)
-                continue
             try:
-                image = read_image(self.folder / name)
+                if name.lower().endswith(VIDEOS) and is_video(self.folder / name):
+                    yield from self._frames(name, self.folder / name)
+                else:
+                    yield Frame(name, read_image(self.folder / name))
             except BadImage as error:
                 self.bad.append((name, error.reason))
-            else:
-                yield Frame(name, image)
 
     def batches(self) -> Iterator[list[Frame]]:
         """Frames to be looked at together: a few, or one of a camera, which does not wait."""
@@ -143,6 +163,10 @@ class Source:
         video = self._open(given)
         try:
             camera = isinstance(given, int)
+            width, height = (int(video.get(what)) for what in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+            if width * height > MAX_PIXELS:
+                self.bad.append((name, f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million"))
+                return
             own = video.get(cv2.CAP_PROP_FPS)
             own = own if math.isfinite(own) and 0 < own <= 1000 else USUAL_FPS
             fps = CAMERA_FPS if camera else own / self.every

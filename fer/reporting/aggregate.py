@@ -18,6 +18,7 @@ from rich.table import Table
 
 from fer.metrics import scores
 from fer.reporting.statistics import mean_interval
+from fer.reporting.tables import inert
 from fer.runs import RunFolder, read_json
 
 REPEATS = ("protocol.fold", "seed")  # what the runs of a group differ in
@@ -251,7 +252,7 @@ def markdown(record: dict[str, Any], command: str) -> str:
         "",
     ]
     if problems := failures(record):
-        lines += ["## Missing from these figures", "", *(f"- {line}" for line in problems), ""]
+        lines += ["## Missing from these figures", "", *(f"- {inert(line)}" for line in problems), ""]
     for group in record["groups"]:
         lines += _confusion_section(group) if group["n"] and not group["refused"] else []
     return "\n".join(lines)
@@ -267,10 +268,10 @@ def _confusion_section(group: dict[str, Any]) -> list[str]:
     pooled = ", ".join(f"{text} {100 * group['pooled'][metric]:.2f} %" for metric, text in HEADLINES.items())
     chosen = ", ".join(group["selected_on"])
     return [
-        f"## {title(group)}",
+        f"## {inert(title(group))}",
         "",
         f"All {counts.sum():,} held-out predictions together: {pooled}. Epoch chosen on: {chosen}.",
-        *(f"**{stamp}**" for stamp in group["stamps"]),
+        *(f"**{inert(stamp)}**" for stamp in group["stamps"]),
         "",
         *_markdown_table(["label \\ predicted", *classes, "images"], body),
         "",
@@ -279,4 +280,4 @@ def _confusion_section(group: dict[str, Any]) -> list[str]:
 
 def _markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
     align = ["---", *("---:" for _ in head[1:])]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, align, *body)]
+    return ["| " + " | ".join(map(inert, cells)) + " |" for cells in (head, align, *body)]

@@ -137,6 +137,11 @@ def markdown(text: str) -> str:
     return " ".join(text.split())
 
 
+def inert(text: str) -> str:
+    """Text whose HTML, table cells and lines do not act in Markdown, for pages that use other marks of Markdown."""
+    return " ".join(text.replace("<", "&lt;").replace("|", "\\|").split())
+
+
 _LATEX = {
     **{mark: f"\\{mark}" for mark in "&%$#_{}"},
     "\\": r"\textbackslash{}",
