@@ -49,6 +49,7 @@ _STARTING = ("hydra.launcher", "hydra.sweeper")
 # Options by which a launcher or sweeper would run commands or functions of its own.
 _STARTERS = ("setup", "runtime_env", "custom_search_space", "srun_args")
 _IN_STARTING = re.compile(r"\$\{hydra\.(sweep\.dir|run\.dir|job\.name)\}")
+MAX_DEPTH = 100  # of a config's nodes in nodes
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -154,10 +155,12 @@ def read_config(path: Path, writer: str) -> DictConfig:
     """
     wanted = f"expected the file {writer} wrote"
     try:
-        text = path.read_text()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_YAML)):
-            # Ten lines of aliases to aliases stand for billions of values.
-            raise UserError(f"{path} repeats itself by YAML aliases: {wanted}")
+        text, depth = path.read_text(), 0
+        for event in yaml.parse(text, Loader=_YAML):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            # Ten lines of aliases to aliases stand for billions of values, and brackets in brackets take for ever.
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+                raise UserError(f"{path} repeats itself by YAML aliases, or is nested too deeply: {wanted}")
         config = OmegaConf.create(text)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         why = " ".join(str(error).split()) or type(error).__name__

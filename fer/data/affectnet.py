@@ -149,7 +149,7 @@ human_annotated/{train_set,validation_set}/annotations/<n>.json"""
                     fact = read(directory / "annotations", stem)
                     if fact["label"] not in range(LABELS):
                         raise ValueError(f"label {fact['label']} is not one of 0 to {LABELS - 1}")
-                except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+                except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                     skipped.append((item, f"the annotation cannot be used ({error})"))
                     continue
                 if fact["label"] >= len(CLASSES):
