@@ -11,7 +11,7 @@ PYTHON := .venv/bin/python
 SETUP := .venv/.complete
 endif
 
-.PHONY: help setup demo test docs reliability test-minimum soak test-slow lint format .setup-active
+.PHONY: help setup demo test docs reliability reliability-long counters test-minimum soak test-slow lint format .setup-active
 .DEFAULT_GOAL := help
 
 # What a run is made of: data, networks, training, evaluation, the report's data, W&B.
@@ -39,7 +39,15 @@ test: $(SETUP)  ## the quick tests, under 10 core-minutes; FER_DATA=/path/to/dat
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
 reliability: $(SETUP)  ## runs and sweeps killed in their middle go on to the same figures, under 3 core-minutes
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m reliability
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m 'reliability and not slow'
+
+reliability-long: export OMP_NUM_THREADS := 1
+reliability-long: $(SETUP)  ## 200 kills of a training, 20 of the command, failing system calls; about 15 core-minutes
+	rm -f docs/results/reliability.json
+	for seed in 0 1 2 3 4; do $(PYTHON) tests/kills.py forked 40 docs/results/reliability.json $$seed || exit 1; done
+	for seed in 0 1; do $(PYTHON) tests/kills.py command 10 docs/results/reliability.json $$seed || exit 1; done
+	$(PYTHON) tests/kills.py syscalls 0 docs/results/reliability.json 0
+	$(PYTHON) -m fer.reporting.manual
 
 test-minimum: .venv-minimum/.complete  ## tests of the main parts, with the oldest versions pyproject.toml admits
 	OMP_NUM_THREADS=1 .venv-minimum/bin/python -m pytest $(MINIMUM)
