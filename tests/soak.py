@@ -1,6 +1,6 @@
 """Long runs watched from outside: memory, file descriptors, threads and processes after every epoch and every job.
 
-python tests/soak.py                    10,000 steps and a sweep of 10 jobs; figures into docs/results/reliability.json
+python tests/soak.py                    10,000 steps and a sweep of 10 jobs; figures into docs/results/soak.json
 python tests/soak.py steps=600 jobs=3   shorter
 
 A run whose figures grow ends the command with 1.
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from conftest import TINY
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "reliability.json"
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 STEPS_PER_EPOCH = 100
 WARM_UP = 0.2  # part of the samples before which memory pools and caches may still fill
 MEMORY = 4.0  # MiB that a process tree may grow by from warm-up to the end: half a MiB per 1,000 steps of 10,000
@@ -158,20 +158,13 @@ def sweep(jobs: int) -> dict[str, Any]:
         return {"jobs": jobs, **report(*watch(words, folder, ended))}
 
 
-def write(key: str, figures: Any) -> None:
-    """Put figures under one key of the page's data, the others left as they are."""
-    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    record[key] = figures
-    RESULTS.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-
-
 def main() -> None:
     """The command."""
     asked = dict(word.split("=") for word in sys.argv[1:])
     figures = {"training": training(int(asked.get("steps", 10_000))), "sweep": sweep(int(asked.get("jobs", 10)))}
     print(json.dumps(figures, indent=1))
     if not asked:
-        write("soak", figures)
+        (RESULTS / "soak.json").write_text(json.dumps(figures, indent=1) + "\n")
     sys.exit(any(part["problems"] for part in figures.values()))
 
 

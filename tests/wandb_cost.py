@@ -1,7 +1,7 @@
 """What W&B costs a run while its server does its worst: python tests/wandb_cost.py
 
 The same tiny run with `logger=csv`, without credentials, and against servers that are well, silent, slow, or fail in
-the run's middle or at its end; each in a forked child. Figures go into docs/results/reliability.json.
+the run's middle or at its end; each in a forked child. Figures go into docs/results/wandb.json.
 """
 
 import json
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from conftest import TINY, composed
 from fake_wandb import FakeWandb, wandb_records
-from soak import write
+from soak import RESULTS
 
 from fer.callbacks import Curves, WandbPictures
 from fer.experiment import run_experiment
@@ -164,7 +164,8 @@ def main() -> None:
         }
         print(case, table[case], flush=True)
     if repeats == REPEATS:
-        write("wandb", {"repeats": repeats, "limit": LIMIT, "cases": table})
+        figures = {"repeats": repeats, "cases": table}
+        (RESULTS / "wandb.json").write_text(json.dumps(figures, indent=1) + "\n")
     lost = [case for case, f in table.items() if f.get("recorded", f["metrics"]) != f["metrics"]]
     dear = [case for case, f in table.items() if f["inside"] > LIMIT]
     print(f"metrics lost: {lost or 'none'}; over {LIMIT:g} s: {dear or 'none'}")
