@@ -26,7 +26,7 @@ from fer.pretraining.masked import MaskedImages
 from fer.pretraining.run import run_pretraining
 from fer.reporting.collect import find_runs
 from fer.runs import read_json
-from fer.weights import read_weights
+from fer.weights import read_weights, write_weights
 
 DATA = ["data.train=36", "data.val=12", "data.test=12", "data.subjects=30", "data.landmarks=68", "data.batch_size=16"]
 QUICK = ["logger=csv", "trainer=cpu", "trainer.threads=1", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
@@ -136,7 +136,7 @@ def test_swin_can_be_masked() -> None:
         ("masked", "task.pretrained=nowhere", "task.pretrained: there is no file nowhere"),
         ("distill", "task.small_size=40", "a multiple of its patch of 16"),
         ("landmarks", "task.loss=l2", "not one of l1, wing"),
-        ("landmarks", "task.image_size=96", "112 pixels"),
+        ("landmarks", "task.image_size=100", "multiples of 16 pixels"),
     ],
 )
 def test_what_cannot_be_is_refused(task: str, word: str, message: str) -> None:
@@ -445,3 +445,18 @@ def test_the_command_line(task: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert results["sha256"] in again.stdout  # done already
+
+
+def test_a_small_landmark_network_is_a_small_model_s_stream(tmp_path: Path) -> None:
+    """Of 48 pixels and fewer bottlenecks; the words that the run ends with are those that fit."""
+    task = module("landmarks", "task.points=68", "task.image_size=48", "task.blocks=[1,1,1]")
+    words = task.usage(str(tmp_path / "landmarks.safetensors"))
+    assert words[1:4] == ["model.width=16", "model.landmark_blocks=[1,1,1]", "model.grid=3"]
+    write_weights(tmp_path / "landmarks.safetensors", task.kept().state_dict(), {})
+    model = cheap(
+        "two_stream", *(word.removeprefix("model.") for word in words[1:]), "windows=[3,3,3]", "image_size=48"
+    )
+    stream = model.network.landmarks
+    assert torch.equal(stream.network.conv1.conv.weight, task.network.conv1.conv.weight)
+    assert len(stream(torch.zeros(1, 3, 48, 48))) == 3
+    assert not any(p.requires_grad for p in stream.parameters())

@@ -89,14 +89,20 @@ class MobileFaceNet(nn.Module):
 class LandmarkNetwork(MobileFaceNet):
     """The trunk with the head of cunjian/pytorch_face_landmark, for ``points`` landmarks.
 
-    The head: a depthwise 7x7 convolution over the whole map, a linear layer, a batch norm.
+    The head: a depthwise convolution over the whole map (7x7 of 112 pixels), a linear layer, a batch norm.
+
+    Args:
+        points: L.
+        width: Of `MobileFaceNet`.
+        blocks: Likewise.
+        size: Side of the images in pixels, a multiple of 16.
     """
 
-    def __init__(self, points: int, width: int = WIDTH) -> None:
-        super().__init__(width)
+    def __init__(self, points: int, width: int = WIDTH, blocks: Sequence[int] = BLOCKS, size: int = INPUT_SIZE) -> None:
+        super().__init__(width, blocks)
         self.points = points
         layers: dict[str, nn.Module] = OrderedDict(
-            conv_6_dw=_conv(8 * width, 8 * width, kernel=7, groups=8 * width, prelu=False, pad=False),
+            conv_6_dw=_conv(8 * width, 8 * width, kernel=size // 16, groups=8 * width, prelu=False, pad=False),
             flatten=nn.Flatten(),
             linear=nn.Linear(8 * width, 2 * points, bias=False),
             bn=nn.BatchNorm1d(2 * points),
@@ -104,7 +110,7 @@ class LandmarkNetwork(MobileFaceNet):
         self.output_layer = nn.Sequential(OrderedDict(layers))
 
     def locate(self, image: Tensor) -> Tensor:
-        """(B, 3, 112, 112) in [0, 1] -> (B, points, 2) x, y as shares of the image's side, 0 and 1 its borders."""
+        """(B, 3, size, size) in [0, 1] -> (B, points, 2) x, y as shares of the image's side, 0 and 1 its borders."""
         coarse = self(image)[-1]
         with torch.autocast(coarse.device.type, enabled=False):  # bf16 knows places to a third of a pixel only
             places: Tensor = self.output_layer(coarse.float())

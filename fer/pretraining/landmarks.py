@@ -5,7 +5,7 @@ wing loss is that of Feng et al., "Wing Loss for Robust Facial Landmark Localisa
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fer.data.base import ExpressionDataModule
 from fer.data.places import relative
 from fer.errors import UserError
-from fer.layers.mobilefacenet import WIDTH, LandmarkNetwork
+from fer.layers.mobilefacenet import BLOCKS, INPUT_SIZE, WIDTH, LandmarkNetwork
 from fer.pretraining.base import Batch, Pretraining, TaskOptions
 from fer.pretraining.pictures import landmark_figure
 
@@ -36,13 +36,14 @@ class Landmarks(Pretraining):
     Args:
         points: Landmarks of a face, 5 or 68; the config leaves it to the data.
         width: Channels of MobileFaceNet's first map, 64 as published.
+        blocks: Its bottlenecks of each map, 4, 6 and 2 as published.
         loss: ``l1``, or ``wing``.
         wing_width: w, in hundredths of the interocular distance.
         wing_curvature: e, likewise.
         options: See `TaskOptions`.
 
     Raises:
-        UserError: An unknown loss, or an image size other than 112 pixels.
+        UserError: An unknown loss, or an image size that is no multiple of 16 pixels.
     """
 
     file = "landmarks.safetensors"
@@ -55,6 +56,7 @@ class Landmarks(Pretraining):
         self,
         points: int,
         width: int,
+        blocks: Sequence[int],
         loss: str,
         wing_width: float,
         wing_curvature: float,
@@ -63,11 +65,14 @@ class Landmarks(Pretraining):
         super().__init__(**options)
         if loss not in ("l1", "wing"):
             raise UserError(f"task.loss={loss} is not one of l1, wing")
-        if self.image_size != 112:
-            raise UserError(f"task.image_size={self.image_size}: MobileFaceNet's head takes 112 pixels")
-        self.network = LandmarkNetwork(points, width)
+        if self.image_size % 16:
+            raise UserError(
+                f"task.image_size={self.image_size}: MobileFaceNet takes multiples of 16 pixels, usually 112"
+            )
+        self.network = LandmarkNetwork(points, width, blocks, self.image_size)
         self.register_buffer("mean_shape", torch.zeros(points, 2))
-        self.points, self.width, self.loss, self.wing = points, width, loss, (wing_width, wing_curvature)
+        self.points, self.width, self.blocks = points, width, tuple(blocks)
+        self.loss, self.wing = loss, (wing_width, wing_curvature)
 
     @classmethod
     def from_data(cls, options: Mapping[str, Any], data: ExpressionDataModule) -> dict[str, Any]:
@@ -97,11 +102,15 @@ class Landmarks(Pretraining):
 
     def usage(self, path: str) -> list[str]:
         """As a landmark stream, which is then frozen."""
-        narrow = [f"model.width={self.width}"] if self.width != WIDTH else []
-        return ["model=two_stream", *narrow, f"model.landmark_ckpt={path}"]
+        small = [f"model.width={self.width}"] if self.width != WIDTH else []
+        if self.blocks != BLOCKS:
+            small.append(f"model.landmark_blocks=[{','.join(map(str, self.blocks))}]")
+        if self.image_size != INPUT_SIZE:
+            small.append(f"model.grid={self.image_size // 16}")
+        return ["model=two_stream", *small, f"model.landmark_ckpt={path}"]
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, 112, 112) -> (B, 2 L)."""
+        """(B, 3, H, W) -> (B, 2 L)."""
         return self.network.locate(image).flatten(1)
 
     def measures(self, batch: Batch, train: bool) -> tuple[dict[str, Tensor], Tensor | None]:
