@@ -123,8 +123,11 @@ def check_run_folder(config: DictConfig) -> None:
     place = Path(config.hydra.run.dir).absolute()
     while not place.exists():
         place = place.parent
-    with tempfile.TemporaryFile(dir=place):
-        pass
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(place)) from error
 
 
 def guarded(command: Callable[[], Any]) -> Any:

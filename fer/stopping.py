@@ -112,6 +112,13 @@ class Ranks(Callback):
         watch, about = (self._watch_others, processes) if processes else (self._watch_first, os.getppid())
         threading.Thread(target=watch, args=(about,), daemon=True).start()
 
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the last word to the watch, which knows the reason, where a dead process broke a collective."""
+        if trainer.world_size > 1 and isinstance(exception, RuntimeError):
+            time.sleep(2 * LOOK_SECONDS)
+
     def _watch_first(self, parent: int) -> None:
         while os.getppid() == parent:
             time.sleep(LOOK_SECONDS)

@@ -1,7 +1,8 @@
 """Trainings killed at random instants and gone on with: the weights must not show it.
 
-    python tests/kills.py forked 200 outputs/kills.json      children of a process that has imported everything
-    python tests/kills.py command 20 outputs/kills.json      `python -m fer.train` itself
+    python tests/kills.py forked 200 kills.json 0      children of a process that has imported everything; a seed
+    python tests/kills.py command 20 kills.json 0      `python -m fer.train` itself
+    python tests/kills.py syscalls 0 kills.json 0      strace lets each system call of a saving fail, or kills there
 
 A child is killed at a random time, or where it enters a random phase for the n-th time, and a little later. It says
 where it is in one byte of shared memory, which outlives it.
@@ -41,9 +42,10 @@ from fer.runs import RunFolder
 # Three epochs of eight steps, a checkpoint every second step.
 WORDS = [*TINY, "logger=csv", "model.width=4", "data.train=84", "data.val=21", "data.test=21", "data.batch_size=10"]
 WORDS += ["trainer.max_epochs=3", "trainer.checkpoint_steps=2", "trainer.precision=32-true", "data.eval_batch_size=7"]
+WORDS += ["trainer.weight_ema=0.8"]  # validated and kept is an average, which is in the checkpoint too
 STEPS = 24
 PHASES = ("start", "step", "validation", "checkpoint", "other file", "test", "store")
-KILLS_PER_TRAINING = 6
+KILLS_PER_TRAINING = 10
 
 
 class Watch:
@@ -54,6 +56,7 @@ class Watch:
         self.visits: Counter[str] = Counter()
         self.wanted: tuple[str, int] | None = None
         self.pipe = -1
+        self.hold: int | None = None  # where a child waits for a word before it goes on
 
     @property
     def phase(self) -> str:
@@ -67,6 +70,8 @@ class Watch:
             self.visits[phase] += 1
             if (phase, self.visits[phase]) == self.wanted:
                 os.write(self.pipe, b"x")
+                if self.hold is not None:
+                    os.read(self.hold, 1)
         yield
         self.place[0] = before
 
@@ -90,11 +95,9 @@ class Watch:
             ):
                 stack.enter_context(mock.patch.object(owner, name, self.around(phase, getattr(owner, name))))
             write = self.around("other file", fer.runs.write_bytes)
-            for module in list(sys.modules.values()):  # whoever has imported it
-                if getattr(module, "__name__", "").startswith("fer."):
-                    for name in ("write_bytes", "write_text", "write_json"):
-                        if name == "write_bytes" and hasattr(module, name):
-                            stack.enter_context(mock.patch.object(module, name, write))
+            for name, module in list(sys.modules.items()):
+                if name.startswith("fer.") and hasattr(module, "write_bytes"):
+                    stack.enter_context(mock.patch.object(module, "write_bytes", write))
             yield
 
 
@@ -123,12 +126,14 @@ def logged(folder: Path) -> list[int]:
 
 def train(folder: Path, cache: Path, resumed: bool) -> None:
     """One session of the training, in this process."""
+    torch.set_num_threads(1)
     if resumed and (folder / "config.yaml").exists() and RunFolder(folder).status():
         config = OmegaConf.load(folder / "config.yaml")
     else:
         config, resumed = CONFIG.copy(), False
         config.data.cache = str(cache)
-    run_experiment(config, folder, command="python -m fer.train", resumed=resumed)
+    with mock.patch("fer.callbacks.confusion_figure"):  # half a second each, and nothing goes on from a picture
+        run_experiment(config, folder, command="python -m fer.train", resumed=resumed)
 
 
 CONFIG: Any = None  # composed once, by `prepare`
@@ -138,15 +143,10 @@ def prepare(place: Path) -> tuple[str, float]:
     """Import and warm up everything by the uninterrupted run; its hash and its seconds."""
     global CONFIG
     CONFIG = composed(*WORDS)
+    started = time.monotonic()
     with quiet():
         train(place / "reference", place / "store", resumed=False)
-        torch.set_num_threads(1)
-        shutil.copytree(place / "reference", place / "warm")
-        started = time.monotonic()
-        shutil.rmtree(place / "reference")
-        train(place / "reference", place / "store", resumed=False)
     assert logged(place / "reference") == list(range(1, STEPS + 1))
-    assert weights(place / "reference") == weights(place / "warm")
     return weights(place / "reference"), time.monotonic() - started
 
 
@@ -169,7 +169,7 @@ def forked(
     work: Callable[[], Any], ready: Callable[[int, int], None] = lambda pid, pipe: None, pipe: Any = None
 ) -> int:
     """Run something in a child; its wait status. ``ready`` is called in the parent with the child's id."""
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork would leave threads behind"
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would leave threads behind: OMP_NUM_THREADS=1"
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -196,7 +196,7 @@ def forked(
 
 
 def killed(watch: Watch, work: Callable[[], Any], wanted: tuple[str, int] | None, seconds: float) -> bool:
-    """Run something and kill it: ``seconds`` after it begins, or after it comes to the ``wanted`` phase; whether it died."""
+    """Run something and kill it ``seconds`` after its beginning or the ``wanted`` phase's; whether it died."""
     pipe = os.pipe()
     watch.visits.clear()
     watch.place[0], watch.wanted, watch.pipe = 0, wanted, pipe[1]
@@ -301,6 +301,57 @@ def kill_commands(kills: int, seed: int, place: Path) -> dict[str, Any]:
     return summary(phases, lost, trainings, reference)
 
 
+def checkpoint(step: int) -> dict[str, Any]:
+    """A small checkpoint of a run, of two pages of the disk."""
+    return {"global_step": step, "loops": {}, "state_dict": {"w": torch.full((2000,), float(step))}}
+
+
+def save(folder: RunFolder, step: int) -> None:
+    CheckpointFiles().save_checkpoint(checkpoint(step), folder.last, {"previous": folder.previous})
+
+
+def inject_faults(_: int, seed: int, place: Path) -> dict[str, Any]:
+    """Let strace make the n-th call of each kind fail, or kill there, while a checkpoint is saved over another."""
+    found: Counter[str] = Counter()
+    used: Counter[str] = Counter()
+    for call in ("openat", "write", "fsync", "rename", "close"):
+        for fault in ("error=ENOSPC", "error=EDQUOT", "error=EIO", "error=EROFS", "signal=SIGKILL"):
+            for number in range(1, 20):
+                folder = RunFolder(place / f"{call}-{fault[6:]}-{number}")
+                save(folder, 1)
+                save(folder, 2)
+                log, pipe = folder.path / "strace", os.pipe()
+                expression = f"inject={call}:{fault}:when={number}"
+
+                def begin(pid: int, _: int, log: Path = log, expression: str = expression, end: int = pipe[1]) -> None:
+                    words = ["strace", "-qq", "-p", str(pid), "-o", str(log), "-e", f"trace={call}", "-e", expression]  # noqa: B023
+                    subprocess.Popen(words, stderr=subprocess.DEVNULL)
+                    while "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text():
+                        time.sleep(0.005)
+                    os.write(end, b"x")
+
+                def work(folder: RunFolder = folder, end: int = pipe[0]) -> None:
+                    os.read(end, 1)
+                    save(folder, 3)
+
+                status = forked(work, begin)
+                os.close(pipe[0]), os.close(pipe[1])
+                time.sleep(0.01)
+                trace = log.read_text()
+                if "INJECTED" not in trace and not os.WIFSIGNALED(status):
+                    assert status == 0
+                    break
+                point = resume_point(folder)
+                step = load_checkpoint(point)["global_step"]
+                assert step == 3 or (status != 0 and step == 2), (call, fault, number, step, status)
+                found[f"{call} {fault.partition('=')[2]}"] += 1
+                used[point.name] += 1
+                fer.runs.remove_leftovers(folder.last.parent)
+                save(folder, 4)
+                assert load_checkpoint(resume_point(folder))["global_step"] == 4
+    return {"faults": dict(found), "all": sum(found.values()), "usable": sum(used.values()), "taken": dict(used)}
+
+
 def summary(phases: Counter[str], lost: list[int], trainings: int, reference: str) -> dict[str, Any]:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
@@ -310,20 +361,20 @@ def summary(phases: Counter[str], lost: list[int], trainings: int, reference: st
         "identical": trainings,  # anything else has raised
         "sha256": reference,
         "steps_between_checkpoints": 2,
-        "steps_lost": {"median": sorted(lost)[len(lost) // 2], "max": max(lost), "sum": sum(lost)},
+        "steps_lost": {str(steps): lost.count(steps) for steps in sorted(set(lost))},
         "core_minutes": round(sum(u.ru_utime + u.ru_stime for u in used) / 60, 2),
     }
 
 
 def main() -> None:
-    way, kills, output = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    seed = int(sys.argv[4]) if len(sys.argv) > 4 else 0
+    way, kills, output, seed = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     with tempfile.TemporaryDirectory() as place:
         os.environ["FER_CACHE"] = str(Path(place) / "store")
-        work = {"forked": kill_trainings, "command": kill_commands}[way]
+        work = {"forked": kill_trainings, "command": kill_commands, "syscalls": inject_faults}[way]
         found = work(kills, seed, Path(place))
-    before = json.loads(output.read_text()) if output.exists() else {}
-    output.write_text(json.dumps({**before, way: found}, indent=1) + "\n")
+    record = json.loads(output.read_text()) if output.exists() else {}
+    record.setdefault(way, []).append({"seed": seed, **found})  # a part of the whole, which may come in several
+    output.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(found))
 
 

@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from fer.config import CONF
-from fer.reporting import endurance
+from fer.reporting import endurance, reliability
 from fer.reporting.claims import Claim, load_claims
 from fer.reporting.speed import section
 from fer.reporting.tables import DASH, markdown
@@ -263,6 +263,7 @@ WRITERS: dict[str, Callable[[str], str]] = {
     "claims": claims,
     "paper": paper,
     "speed": section,
+    "reliability": reliability.section,
     "endurance": endurance.section,
 }
 
