@@ -37,7 +37,7 @@ def test_every_yaml_says_what_it_is_and_how_it_is_run(path: object) -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_and_fits_its_classes(choice: str) -> None:
     group = choice.partition("=")[0]
-    config = composed(choice, command={"detector": "prepare", "task": "pretrain"}.get(group, "train"))
+    config = composed(choice, command={"detector": "prepare", "task": "pretrain", "gpu": "bench"}.get(group, "train"))
     assert unsafe_entries(config) == []
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)

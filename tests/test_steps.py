@@ -330,6 +330,23 @@ def test_a_training_beyond_help_ends(tmp_path: Path, monkeypatch: pytest.MonkeyP
         fit(module, tmp_path, Data(), on_nan="skip")
 
 
+def test_a_gradient_scaler_is_left_to_its_work(tmp_path: Path) -> None:
+    class Scaled(lightning.Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.precision_plugin.scaler = object()
+
+    with pytest.raises(UserError, match="16-mixed such steps are left out anyway"):
+        fit(module_of(), tmp_path, Data(), Scaled(), on_nan="skip")
+    module = module_of(clip=1.0)
+    fit(module, tmp_path, Data(), Scaled())
+    assert not module.guard.looks
+
+
+def test_sam_accumulates_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="looks at each batch twice"):
+        fit(module_of("sam"), tmp_path, Data(), accumulate_grad_batches=2)
+
+
 def test_an_accelerator_needs_an_optimiser_that_can_hold_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(module_of("plain"), tmp_path, Data(), on_nan="skip", max_epochs=1)
     monkeypatch.setattr(guard, "AT_ONCE", ())

@@ -118,8 +118,15 @@ class StepGuard:
         self.module = module
         self.at_once = module.device.type in AT_ONCE
         self.alone = module.trainer.world_size == 1
-        self.looks = self.skips or clips or not self.alone
-        self.fused = all(_does_nothing_if_told(o) for o in module.trainer.optimizers)
+        # The gradient scaler of fp16 meets infinite gradients as a matter of course and leaves those steps out itself.
+        scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
+        self.looks = (self.skips or clips or not self.alone) and not scaled
+        self.fused = all(_does_nothing_if_told(o) for o in module.trainer.optimizers) and not scaled
+        if self.skips and scaled:
+            raise UserError(
+                "trainer.on_nan=skip: with trainer.precision=16-mixed such steps are left out anyway; "
+                "set trainer.on_nan=stop, or trainer.precision=bf16-mixed"
+            )
         if self.skips and not self.at_once and not self.fused:
             raise UserError(
                 "trainer.on_nan=skip: this optimiser cannot leave out a step on an accelerator; "

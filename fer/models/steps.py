@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from fer.errors import UserError
 from fer.models.guard import StepGuard, StepLeftOut, buffers_of, put_back
 from fer.models.optim import Recipe
+from fer.models.sam import SAM
 
 log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
@@ -125,7 +126,15 @@ class SteppedModule(LightningModule):
         return False
 
     def on_train_start(self) -> None:
-        """Tell the guard what it watches."""
+        """Tell the guard what it watches.
+
+        Raises:
+            UserError: an optimiser that looks at each batch twice would add up batches it has left already.
+        """
+        if self.trainer.accumulate_grad_batches > 1 and any(isinstance(o, SAM) for o in self.trainer.optimizers):
+            raise UserError(
+                "optim=sam looks at each batch twice, at two points; trainer.accumulate_grad_batches must be 1 with it"
+            )
         if self.guard is not None:
             self.guard.start(self, clips=self.optim.clip_norm is not None)
 
