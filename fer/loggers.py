@@ -86,8 +86,7 @@ class Wandb(WandbLogger):
                 self.upload = Upload(Path(self.experiment.settings.sync_file))
         except (OSError, wandb.errors.Error) as error:  # its local process was killed, or cannot write
             log.warning("W&B's record ends here, the run goes on and its own files hold everything: %s", error)
-            with contextlib.suppress(OSError):
-                wandb.teardown()  # or this process's next run would look for the dead one
+            _end_local_process()  # or this process's next run would look for the dead one
             self._experiment = wandb.init(mode="disabled")
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -101,8 +100,17 @@ class Wandb(WandbLogger):
     def finish(self, exit_code: int) -> None:
         """End W&B's run; 0 shows it as finished, anything else as failed."""
         self.attempt(lambda run: run.finish(exit_code=exit_code))
+        _end_local_process()
         if self.upload is not None:
             self.upload.finish(self.upload_seconds)
+
+
+def _end_local_process() -> None:
+    """Wait until W&B's local process has written everything and ended: it keeps a file of each of its runs open."""
+    import wandb
+
+    with contextlib.suppress(OSError):
+        wandb.teardown()
 
 
 def log_summary(node: Any, folder: Path, run_id: str, kind: str, command: str, record: dict[str, Any]) -> None:
@@ -144,6 +152,7 @@ def log_summary(node: Any, folder: Path, run_id: str, kind: str, command: str, r
             run.summary[f"{place}n"] = group["n"]
     finally:
         run.finish()
+        _end_local_process()
     if way.upload:
         Upload(Path(run.settings.sync_file)).finish(node.upload_seconds)
 

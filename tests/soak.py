@@ -153,7 +153,7 @@ def sweep(jobs: int) -> dict[str, Any]:
         words += ["hydra.sweep.dir=sweeps"]
 
         def ended() -> int:
-            return len(list(folder.glob("sweeps/*/*/outcome.json")))
+            return len(list(folder.glob("sweeps/*/outcome.json")))
 
         return {"jobs": jobs, **report(*watch(words, folder, ended))}
 
@@ -161,8 +161,13 @@ def sweep(jobs: int) -> dict[str, Any]:
 def main() -> None:
     """The command."""
     asked = dict(word.split("=") for word in sys.argv[1:])
-    figures = {"training": training(int(asked.get("steps", 10_000))), "sweep": sweep(int(asked.get("jobs", 10)))}
-    print(json.dumps(figures, indent=1))
+    figures = {}
+    for part, measure, count in (
+        ("sweep", sweep, asked.get("jobs", 10)),
+        ("training", training, asked.get("steps", 10_000)),
+    ):
+        figures[part] = measure(int(count))
+        print(part, json.dumps(figures[part], indent=1), flush=True)
     if not asked:
         (RESULTS / "soak.json").write_text(json.dumps(figures, indent=1) + "\n")
     sys.exit(any(part["problems"] for part in figures.values()))

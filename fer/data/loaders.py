@@ -143,7 +143,8 @@ class StoreDataset(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, place: tuple[int, Array]) -> dict[str, Tensor]:
         epoch, rows = place
-        images = self.images.view(np.ndarray)  # taking rows of a memory map itself costs more
+        # Taking rows of a memory map itself costs more; what corrupts images as they are read is no array.
+        images = self.images.view(np.ndarray) if isinstance(self.images, np.ndarray) else self.images
         seen = {"image": [images[row] for row in rows]} if self.augment is None else self.augment(images, epoch, rows)
         fields = {key: torch.from_numpy(values[rows]) for key, values in self.fields.items()}
         # In a worker the library's own way of stacking writes straight into memory shared with the parent.
