@@ -17,6 +17,7 @@ import fakes
 import numpy as np
 import PIL.Image
 import pytest
+from commands import call
 from conftest import composed
 from hydra.utils import instantiate
 
@@ -557,8 +558,7 @@ def test_names_that_would_act_on_a_terminal(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_real_command(planted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fer.check", "data=folder", f"data.root={planted[0]}", "report=out/found.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600)
+    done = call("check", "data=folder", f"data.root={planted[0]}", "report=out/found.json", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     report = json.loads((tmp_path / "out/found.json").read_text())
     assert report["data"] == "folder"

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import call
 from conftest import composed
 from fakes import write_ferplus
 from hydra.utils import instantiate
@@ -70,14 +70,8 @@ def evaluated(run_folder: Path, cache: Path, tmp_path_factory: pytest.TempPathFa
     out = tmp_path_factory.mktemp("evaluated") / "own"
     words = ["robustness=true", "robustness_images=20", "timing_repeats=2"]
     words += [f"~corruptions.{name}" for name in config_of().corruptions if name not in ("occluded_eyes", "noise")]
-    done = subprocess.run(
-        [sys.executable, "-m", "fer.evaluate", f"run={run_folder}", f"output={out}", *words],
-        env={**os.environ, "FER_CACHE": str(cache), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    words += [f"run={run_folder}", f"output={out}"]
+    done = call("evaluate", *words, cwd=out.parent, FER_CACHE=str(cache), COLUMNS="200")
     assert done.returncode == 0, done.stderr
     return out
 

@@ -3,12 +3,11 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from commands import call
 from model_builds import MODELS, cheap, images, shaken
 from torch import nn
 
@@ -303,7 +302,7 @@ def test_data_gone(whole, tmp_path, monkeypatch):
 
 def test_mistakes_are_sentences(tmp_path):
     words = ["run=nowhere", "figures=[tsne,umap]", "points=3"]
-    done = subprocess.run([sys.executable, "-m", "fer.explain", *words], cwd=tmp_path, capture_output=True, text=True)
+    done = call("explain", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert "figures=['tsne', 'umap']: expected some of [tsne,attention,confusion,classes]" in done.stderr
     assert "points=3: expected a whole number from 10 on" in done.stderr

@@ -4,14 +4,13 @@ import copy
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import onnx
 import pandas as pd
 import pytest
 import torch
+from commands import call
 from huggingface_hub import ModelCard
 from model_builds import MODELS, cheap, images, shaken
 from safetensors.torch import load_file
@@ -370,7 +369,7 @@ def test_preprocessing(run):
 
 def test_mistakes_are_sentences(tmp_path):
     words = ["run=nowhere", "format=safetensors", "int8=true"]
-    done = subprocess.run([sys.executable, "-m", "fer.export", *words], cwd=tmp_path, capture_output=True, text=True)
+    done = call("export", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert "license is missing: the model card must say under which terms" in done.stderr
     assert "int8=true is for format=onnx" in done.stderr

@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from commands import call
 from fakes import WRITERS, save
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
@@ -693,9 +694,7 @@ def test_a_table_of_other_columns_is_refused(tmp_path: Path) -> None:
 
 
 def prepare(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    words = (sys.executable, "-m", "fer.prepare", *words)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return call("prepare", *words, cwd=cwd)
 
 
 def test_the_command_prepares_drawn_photographs(tmp_path: Path) -> None:

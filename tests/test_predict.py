@@ -15,8 +15,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from commands import call
 from conftest import composed
-from test_images import bomb
+from corpus_images import bomb
 
 import fer
 import fer.predict
@@ -426,17 +427,13 @@ def test_a_camera_keeps_time(monkeypatch: pytest.MonkeyPatch, predict: Any, know
 
 
 def test_the_command_line_finds_drawn_faces(whole: Path, tmp_path: Path) -> None:
-    """The only test here that starts a process; MTCNN finds the faces."""
+    """MTCNN finds the faces."""
     pytest.importorskip("facenet_pytorch")
     (tmp_path / "photos").mkdir()
     cv2.imwrite(str(tmp_path / "photos/two.png"), scene(640, 300, (30, 40), (380, 60))[0][..., ::-1])
     (tmp_path / "photos/text.jpg").write_text("no picture")
     words = [f"run={whole}", "input=photos", "output=answers", "device=cpu"]
-    command = [sys.executable, "-m", "fer.predict", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = call("predict", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 faces in 1 picture, 1 file with errors" in done.stdout
     assert "python -m fer.evaluate" in done.stdout  # not calibrated

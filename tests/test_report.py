@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from commands import call
 from conftest import TINY, composed
 from fake_runs import write_run
 from PIL import Image
@@ -40,8 +40,7 @@ RAFDB = ["data=rafdb", "model=convcut"]
 
 def report(runs: Path, output: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """``python -m fer.report`` as a user types it."""
-    command = [sys.executable, "-m", "fer.report", f"runs={runs}", f"output={output}", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    return call("report", f"runs={runs}", f"output={output}", *words, cwd=Path.cwd())
 
 
 def write_house(root: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from commands import call
 from conftest import TINY, composed, train
 from fake_wandb import wandb_records
 from omegaconf import OmegaConf
@@ -44,7 +45,7 @@ def read(path: Path) -> Any:
 def sweep(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """The folder of a finished sweep of two folds with the default (W&B offline) logger."""
     cwd = tmp_path_factory.mktemp("sweep")
-    done = train("-m", *FOLDS, cwd=cwd, FER_CACHE=str(cache), NETRC=os.devnull, COLUMNS="200")
+    done = call("train", "-m", *FOLDS, cwd=cwd, FER_CACHE=str(cache), NETRC=os.devnull, COLUMNS="200")
     assert done.returncode == 0, done.stderr
     (cwd / "stdout").write_text(done.stdout)
     (folder,) = (cwd / "outputs" / "sweeps").iterdir()
@@ -178,7 +179,7 @@ def test_a_killed_sweep_goes_on_to_the_same_aggregate(sweep: Path, tmp_path: Pat
 def test_a_failing_job_is_named_and_stops_nothing(tmp_path: Path) -> None:
     # Synthetic faces have no vote distributions, which loss=soft needs.
     words = [*SMALL, "logger=csv", "trainer.max_epochs=1", "loss=soft,cross_entropy", "hydra.sweep.dir=here"]
-    done = train("-m", *words, cwd=tmp_path)
+    done = call("train", "-m", *words, cwd=tmp_path)
     assert done.returncode == 1
     assert [read(tmp_path / "here" / f"loss-{x}" / "status.json")["status"] for x in ("soft", "cross_entropy")] == [
         "failed",

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import call
 from conftest import TINY, composed, train
 from fake_wandb import wandb_records
 
@@ -109,7 +110,7 @@ def test_wandb_record_holds_config_curves_and_confusions(whole: Path) -> None:
 
 
 def test_same_command_gives_identical_predictions(whole: Path, tmp_path: Path) -> None:
-    again = train(*TINY, "logger=csv", "hydra.run.dir=run", cwd=tmp_path)
+    again = call("train", *TINY, "logger=csv", "hydra.run.dir=run", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run" / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
     # The same config once more finds the run done, and does nothing; another one must not touch it.
@@ -200,7 +201,7 @@ def test_missing_data_is_one_clear_message(
 
 def test_a_failing_run_is_marked_failed_everywhere(tmp_path: Path) -> None:
     words = [*TINY, "loss=soft", "hydra.run.dir=run"]  # synthetic faces have no vote distributions
-    done = train(*words, cwd=tmp_path)
+    done = call("train", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     status = json.loads((tmp_path / "run" / "status.json").read_text())
