@@ -35,6 +35,7 @@ NAMES = {
     "bsd license": "BSD-3-Clause",
     "3-clause bsd license": "BSD-3-Clause",
     "mit license": "MIT",
+    "new bsd": "BSD-3-Clause",
     "mozilla public license 2.0 (mpl 2.0)": "MPL-2.0",
     "python software foundation license": "PSF-2.0",
 }
@@ -45,6 +46,7 @@ NVIDIA = (
 )
 # Distributions whose statement is not on the list: name, or its beginning; what they declare; what a person found.
 REVIEWED: dict[str, tuple[tuple[str, ...], str]] = {
+    "nvidia-nvtx": (("Apache 2.0", "LicenseRef-NVIDIA-Proprietary"), "Apache-2.0 with the LLVM exception; " + NVIDIA),
     "nvidia-*": (("LicenseRef-NVIDIA-Proprietary", "NVIDIA Proprietary Software"), NVIDIA),
     "cuda-toolkit": (("",), "an empty distribution that names NVIDIA's; " + NVIDIA),
     "python-dateutil": (("Dual License",), "Apache-2.0 or BSD-3-Clause: its classifiers name both"),
