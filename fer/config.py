@@ -103,7 +103,7 @@ def user_mistake(error: Exception) -> UserError | None:
     """The mistake of the user's behind an exception, if that is what it is and ``FER_DEBUG=1`` is not set."""
     # Hydra wraps what a constructor raises.
     mistake = error.__cause__ if isinstance(error, InstantiationException) else error
-    if isinstance(mistake, TypeError | ValueError | OmegaConfBaseException) and mistake is not error:
+    if isinstance(mistake, TypeError | ValueError | RuntimeError | OmegaConfBaseException) and mistake is not error:
         mistake = UserError(f"{' '.join(str(error).split())} (a value its class cannot use; FER_DEBUG=1 shows where)")
     if isinstance(mistake, OSError) and mistake.errno in _DISK:
         mistake = UserError(f"{mistake.filename or 'a file'}: {mistake.strerror}; {_DISK[mistake.errno]}")

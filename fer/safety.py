@@ -168,4 +168,6 @@ def read_config(path: Path, writer: str) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} is no config: {wanted}")
     refuse_unsafe(config)
+    if open_keys := OmegaConf.missing_keys(config):
+        raise UserError(f"{path} leaves {', '.join(sorted(open_keys))} open: {wanted}")
     return config
