@@ -1,17 +1,14 @@
 """The real command line: a complete run folder, W&B's offline record, exact resume, clear refusals."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from commands import call
 from conftest import TINY, composed, train
 from fake_wandb import wandb_records
@@ -125,40 +122,6 @@ def test_same_command_gives_identical_predictions(whole: Path, tmp_path: Path) -
     assert (tmp_path / "run" / "results.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.reliability
-@pytest.mark.parametrize("way", ["resume", "same command"])
-def test_a_killed_run_goes_on_to_the_same_weights(whole: Path, tmp_path: Path, way: str) -> None:
-    words = [*TINY, "logger=csv", "trainer.checkpoint_steps=2", "hydra.run.dir=run"]
-    run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
-    process = subprocess.Popen([sys.executable, "-m", "fer.train", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 1200
-    try:
-        # The second epoch's first checkpoint within the epoch: step 8 of 12.
-        while not (run / "metrics.csv").exists() or last.stat().st_mtime_ns <= (run / "metrics.csv").stat().st_mtime_ns:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        saved = last.stat().st_mtime_ns
-        while last.stat().st_mtime_ns == saved and process.poll() is None:
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    step = torch.load(last, weights_only=True)["global_step"]
-    if (run / "results.json").exists() or step % 6 == 0:
-        pytest.skip(f"the kill came at step {step}, not in the middle of an epoch")
-    continued = train(*(["resume=run"] if way == "resume" else words), cwd=tmp_path)
-    assert continued.returncode == 0, continued.stderr
-    assert results(run)["resumed_from_step"] == step
-    assert results(run)["steps"] == 12
-    for name in ("best", "last"):
-        a, b = (torch.load(f / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"] for f in (run, whole))
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a)
-    assert (run / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
-    assert (run / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
-
-
 def test_resume_takes_no_other_option(whole: Path) -> None:
     refused = train(f"resume={whole}", "seed=3", cwd=whole.parent)
     assert refused.returncode == 2
@@ -209,21 +172,6 @@ def test_a_failing_run_is_marked_failed_everywhere(tmp_path: Path) -> None:
     assert "soft" in status["error"]
     exits = [r.exit.exit_code for r in wandb_records(tmp_path / "run") if r.WhichOneof("record_type") == "exit"]
     assert exits == [1]
-
-
-@pytest.mark.reliability
-def test_a_terminated_run_says_so_and_keeps_its_checkpoint(tmp_path: Path) -> None:
-    words = [*TINY, "logger=csv", "trainer.max_epochs=300", "trainer.checkpoint_steps=2", "hydra.run.dir=run"]
-    process = subprocess.Popen([sys.executable, "-m", "fer.train", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 1200
-    while not (tmp_path / "run" / "metrics.csv").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.terminate()
-    assert process.wait(timeout=600) == 130
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "interrupted"
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
 
 
 def test_every_problem_of_a_config_is_named_at_once() -> None:
