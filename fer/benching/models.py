@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import timm.optim
-import timm.scheduler
-import timm.utils
 import torch
 from hydra.utils import get_class
+from timm.optim._optim_factory import create_optimizer_v2
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils.metrics import AverageMeter
 from torch import nn
 
 from fer.benching.overhead import ours
@@ -53,11 +53,10 @@ def timms_step(module: ExpressionModule, data: Prepared, bf16: bool) -> Window:
     """Windows of the loop of timm's ``train.py``: its optimiser, schedule, gradient and loss bookkeeping."""
     network, recipe = module.network.train(), module.optim
     options = recipe.optimizer.keywords  # type: ignore[attr-defined]
-    optimizer = timm.optim.create_optimizer_v2(
-        network, opt="adamw", lr=options["lr"], weight_decay=options["weight_decay"]
-    )
-    scheduler = timm.scheduler.CosineLRScheduler(optimizer, t_initial=ENDLESS, t_in_epochs=False)
-    loss_function, losses = nn.CrossEntropyLoss(), timm.utils.AverageMeter()
+    optimizer = create_optimizer_v2(network, opt="adamw", lr=options["lr"], weight_decay=options["weight_decay"])
+    scheduler = CosineLRScheduler(optimizer, t_initial=ENDLESS, t_in_epochs=False)
+    loss_function = nn.CrossEntropyLoss()
+    losses: Any = AverageMeter()  # type: ignore[no-untyped-call]
     batches, updates = iter(data), 0
 
     def step(batch: Batch) -> None:
@@ -88,7 +87,7 @@ def _settings(bench: Bench) -> Iterator[Row]:
         module, data = prepared(composed(*_words(bench, model), "trainer.channels_last=true"))
         plain = twin(module).to(memory_format=torch.contiguous_format)
         default = by_hand(twin(module), data, bf16=True)
-        variants = {
+        variants: dict[str, Window] = {
             "bf16, channels-last": default,
             "fp32, channels-last": by_hand(twin(module), data, bf16=False),
             "bf16, contiguous": by_hand(plain, data, bf16=True),

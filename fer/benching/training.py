@@ -195,7 +195,7 @@ class Loop:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
                 loss, _ = module.loss(batch)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             if recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.parameters, recipe.clip_norm)
             if recipe.clip_value is not None:
