@@ -11,6 +11,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, cast
 
@@ -136,7 +137,7 @@ def recipes(model: str) -> str:
     return "\n\n".join([*out, _small(model)])
 
 
-def _head(path: Any) -> list[str]:
+def _head(path: Path) -> list[str]:
     lines = path.read_text().splitlines()
     return lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
 
