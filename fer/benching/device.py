@@ -47,7 +47,7 @@ class Marks:
         if not self.on_gpu:
             self.moments.append(time.perf_counter())
             return
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         self.moments.append(event)
 

@@ -67,7 +67,7 @@ def measure(bench: Bench) -> list[Row]:
     for record in section("jobs", _jobs, bench.folder, _workload(o["job"]), o):
         ratio = record["serial"] / record["at_once"]
         row = alone(f"{o['jobs']} folds one by one over all at once, wall clock", [ratio], "x", at_least=2)
-        rows.append(row | {"details": record})  # type: ignore[typeddict-item]
+        rows.append(row | {"details": record})
     if set(o["modes"]) - set(AS_IT_IS):
         section("compiling", _compile_all, bench.folder, works, o)
     for name, model in models.items():
@@ -80,13 +80,16 @@ def measure(bench: Bench) -> list[Row]:
 # -- a section in its own process -------------------------------------------------------------------------------------
 
 
-def _apart(folder: Path, name: str, seconds: float, function: Callable[..., None], *arguments: Any) -> Any:
+def _apart(
+    folder: Path, name: str, seconds: float, function: Callable[..., None], *arguments: Any
+) -> tuple[list[Record], str]:
     """Records that a function kept, and what went wrong or an empty text; its process group ends with it."""
     if seconds < LEAST:
         return [], "no time was left"
     path = folder / f"{name.replace(' ', '-')}.json"
     process = FORK.Process(target=_child, args=(path, function, *arguments))
     process.start()
+    assert process.pid is not None
     process.join(seconds)
     problem = (
         "" if process.exitcode == 0 else f"ended after {seconds:.0f} s" if process.is_alive() else "ended by force"

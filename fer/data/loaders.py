@@ -124,7 +124,7 @@ class ResidentLoader(_Loader):
         for epoch, rows in self.sampler.runs():
             # The order goes to the device once a pass: a copy in every step would wait for the device each time.
             order = torch.from_numpy(np.ascontiguousarray(rows)).to(self.images.device)
-            for index in order.split(self.sampler.batch_size):
+            for index in order.split(self.sampler.batch_size):  # type: ignore[no-untyped-call]
                 batch = {key: values[index] for key, values in self.fields.items()}
                 yield self.finish({"image": self.images[index], "index": index, **batch}, epoch)
 
