@@ -168,6 +168,7 @@ def read_config(path: Path, writer: str) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} is no config: {wanted}")
     refuse_unsafe(config)
-    if open_keys := OmegaConf.missing_keys(config):
-        raise UserError(f"{path} leaves {', '.join(sorted(open_keys))} open: {wanted}")
+    plain = OmegaConf.to_container(config, resolve=False)
+    if left := [f"{holder}.{key}".lstrip(".") for holder, key, value in walk(plain) if value == "???"]:
+        raise UserError(f"{path} leaves {', '.join(left)} open: {wanted}")
     return config
