@@ -2,6 +2,8 @@
 
 import math
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -136,8 +138,12 @@ class RegionHead(nn.Module):
         side = (rois[..., 2:] - rois[..., :2]).prod(-1).sqrt()
         level = (4 + (side / 224).log2()).floor().clamp(3, 5).long() - 3
         maps, left = side_by_side(pyramid[:3])
-        corner = torch.stack([rois.new_tensor(left)[level], torch.ones_like(side)], dim=-1).repeat(1, 1, 2)
-        boxes = rois / rois.new_tensor(STRIDES[:3])[level][..., None] + corner
+        # Sums, since a table of numbers would be copied to the device in every step, which waits for the copy.
+        here = [(level == place).to(side.dtype) for place in range(3)]
+        edge: Any = sum(a * b for a, b in zip(here, left, strict=True))
+        stride: Any = sum(a * b for a, b in zip(here, STRIDES[:3], strict=True))
+        corner = torch.stack([edge, torch.ones_like(side)], dim=-1).repeat(1, 1, 2)
+        boxes = rois / stride[..., None] + corner
         chosen = crop(maps, boxes, stride=1, size=7).to(pyramid[0].dtype)
         pooled = self.block(chosen).mean((2, 3)).unflatten(0, rois.shape[:2])
         return self.kind(pooled).float(), self.boxes(pooled).float().unflatten(2, (-1, 4))

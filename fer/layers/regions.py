@@ -50,7 +50,8 @@ class Judged(NamedTuple):
 
 def whole_image(like: Tensor, image_size: int) -> Tensor:
     """Boxes of the whole image, as many as ``like`` (..., 4)."""
-    return like.new_tensor([0.0, 0.0, image_size, image_size]).expand_as(like)
+    # Filled on the device: a tensor of numbers would be copied there in every step, which waits for the copy.
+    return torch.cat([torch.zeros_like(like[..., :2]), torch.full_like(like[..., 2:], image_size)], dim=-1)
 
 
 def best_face(judged: Judged, least: float, image_size: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torchvision.ops import box_iou, generalized_box_iou_loss, nms  # type: igno
 from fer.detection_metrics import Image, detection_scores
 from fer.errors import UserError
 from fer.layers.anchors import CLOSE, AnchorGrid
+from fer.layers.regions import whole_image
 from fer.metrics import Array
 from fer.models.base import Batch, ExpressionModule, ModuleOptions, Stage
 
@@ -64,7 +65,7 @@ class KnownFaces(NamedTuple):
             )
         corners = torch.cat([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], dim=-1)
         present = boxes.isfinite().all(-1) & (boxes[..., 2:] > 0).all(-1)
-        corners = torch.where(present[..., None], corners, corners.new_tensor([0.0, 0.0, 1.0, 1.0]))
+        corners = torch.where(present[..., None], corners, whole_image(corners, 1))
         labelled = labels >= 0
         complete = present.any(1) | ~labelled.any(1)
         lowest = torch.where(labelled, labels, labels.amax(1, keepdim=True)).amin(1)

@@ -203,7 +203,12 @@ class MultiscaleRegion(FaceDetector):
         looked_at = truth.present[:, 0].view(images, most)[:, : labels.shape[1]] & (labels >= 0)
         # A first face that is missing is looked for in the whole image.
         looked_at[:, 0] = True
-        image, face = looked_at.nonzero(as_tuple=True)
+        if labels.shape[1] == 1:
+            image = torch.arange(images, device=labels.device)
+            face = torch.zeros_like(image)
+        else:  # how many faces there are is asked of the device, once
+            image, face = looked_at.nonzero(as_tuple=True)
+        before = looked_at.sum(1).cumsum(0) - looked_at.sum(1)
         boxes, present = (values[image * most + face] for values in truth)
         seen = Regions(torch.where(present[..., None], jittered(boxes, self.image_size), boxes), present)
         logits: Tensor = self.classify(self.network.describe(maps, seen, image))
@@ -213,7 +218,7 @@ class MultiscaleRegion(FaceDetector):
         # At first times 0, not left out: every parameter has its gradient on every device.
         joint = float(self.current_epoch >= self.detector_epochs)
         detection = self.network.detection_loss(maps, truth, known.complete, self.gamma)
-        return detection + joint * expression, logits[face == 0]
+        return detection + joint * expression, logits[before]  # of each image's first face
 
     def _known(self, batch: Batch) -> Known:
         if "face_organ_boxes" in batch:
