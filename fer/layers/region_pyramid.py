@@ -1,7 +1,6 @@
 """Parts of the multi-scale region network: feature pyramid, region proposals, region head (Zhang et al. 2022)."""
 
 import math
-
 from typing import Any
 
 import torch
