@@ -28,6 +28,8 @@ class Upload:
     def __init__(self, record: Path) -> None:
         self.record = record
         words = [sys.executable, "-m", "fer.wandb_upload", str(record)]
+        # A local process of its own: the run's ends with the run.
+        environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
         # Its own session: Ctrl-C in the terminal ends the run, and the upload only after what the run says last.
         with (record.parents[1] / "upload.log").open("ab") as output:
             self.process = subprocess.Popen(
@@ -36,7 +38,7 @@ class Upload:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env={**os.environ, "WANDB_SILENT": "false"},
+                env={**environment, "WANDB_SILENT": "false"},
             )
 
     def finish(self, seconds: float) -> bool:

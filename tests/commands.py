@@ -72,6 +72,10 @@ def _become(asked: dict[str, Any]) -> NoReturn:
     os.environ.clear()
     os.environ.update(asked["environment"])
     sys.argv = [asked["module"], *asked["words"]]
+    if "wandb" in sys.modules:  # its folder for media belongs to the parent, and the child before has removed it
+        from wandb.sdk.data_types._private import MEDIA_TMP
+
+        Path(MEDIA_TMP.name).mkdir(exist_ok=True)
     runpy.run_module(asked["module"], run_name="__main__", alter_sys=True)
     sys.exit(0)
 

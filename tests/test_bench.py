@@ -186,7 +186,8 @@ def test_overhead_in_small(tmp_path: Path, cache: Path, monkeypatch: pytest.Monk
     torch.set_num_threads(threads)
     ours = dict(module.named_parameters())
     for name, parameter in beside.named_parameters():
-        torch.testing.assert_close(parameter, ours[name], rtol=0, atol=0)
+        # The norm of the gradient is summed in another order.
+        torch.testing.assert_close(parameter, ours[name], rtol=1e-4, atol=1e-5)
 
 
 def test_the_command_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def measure(bench: Bench) -> list[Row]:
             note="the images are decoded already",
         ),
         compare("`python -m fer.train --help`", windows, "help", "hydra", figure="difference", unit="s"),
-        compare("`python -m fer.train modle=vit`", windows, "mistyped", "hydra", figure="difference", unit="s"),
+        compare("a mistyped option, `modle=vit`", windows, "mistyped", "hydra", figure="difference", unit="s"),
         compare("`--help` beside `import torch` alone", windows, "help", "torch", unit="s"),
     ]
 

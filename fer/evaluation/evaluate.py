@@ -230,6 +230,8 @@ def _results(subject: Subject, answers: Answers, parts: dict[str, Any], protocol
         "resident": data.is_resident(),
         "resumed_from_step": None,
         "steps": None,
+        "skipped_steps": None,
+        "micro_batch": None,
     }
     results["metrics"]["test"] = answers.scores()
     networks = ("model", "data", "protocol_name", "fold", "seed", "best_epoch", "selected_on", "tta", "precision")
