@@ -137,10 +137,9 @@ def save(workspace: "Workspace") -> str:
     Raises:
         UserError: W&B knows no such project, or refuses.
     """
+    import wandb
     from wandb_workspaces.workspaces import internal
     from wandb_workspaces.workspaces.errors import SpecVersionError
-
-    import wandb
 
     # W&B's own name of the view comes from ours, so that the same command finds it again.
     text = "/".join((workspace.entity, workspace.project, workspace.name))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from conftest import composed
 from fake_wandb import wandb_records
 from wandb_workspaces.workspaces import Workspace, internal
 
-import wandb
 from fer.dashboard import COLUMNS, layout, run
 from fer.errors import UserError
 from fer.labels import BASIC_7
