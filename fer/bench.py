@@ -15,7 +15,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from fer.config import CONF, check_command_line, guarded, resolved
+from fer.config import CONF, check_command_line, count_problems, guarded, resolved
 from fer.errors import UserError
 
 CONFIG = "bench"
@@ -60,9 +60,7 @@ def _problems(plain: dict[str, Any]) -> list[str]:
     parts = plain["parts"]
     if not isinstance(parts, list) or not parts or [part for part in parts if part not in known]:
         problems.append(f"parts={parts}: expected a list of {', '.join(known)}")
-    for key in ("windows", "threads"):
-        if not isinstance(plain[key], int) or plain[key] < 1:
-            problems.append(f"{key}={plain[key]}: expected a whole number from 1 on")
+    problems += count_problems(plain, {"windows": 1, "threads": 1})
     if not isinstance(plain["out"], str) or not plain["out"]:
         problems.append(f"out={plain['out']}: expected a folder to write to")
     return problems

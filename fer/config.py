@@ -145,6 +145,15 @@ def guarded(command: Callable[[], Any]) -> Any:
         sys.exit(USER_MISTAKE)
 
 
+def count_problems(plain: dict[str, Any], least: dict[str, int]) -> list[str]:
+    """A sentence for each of these values that is no whole number, or under its least one."""
+    return [
+        f"{key}={plain[key]}: expected a whole number from {low} on"
+        for key, low in least.items()
+        if isinstance(plain[key], bool) or not isinstance(plain[key], int) or plain[key] < low
+    ]
+
+
 def several_devices(trainer: DictConfig) -> bool:
     """Whether ``trainer.devices`` and ``trainer.num_nodes`` ask for more than one device, or for all there are."""
     devices = trainer.devices

@@ -14,7 +14,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from fer.config import CONF, USER_MISTAKE, check_command_line, guarded, resolved
+from fer.config import CONF, USER_MISTAKE, check_command_line, count_problems, guarded, resolved
 from fer.errors import UserError
 from fer.runs import RunFolder
 
@@ -75,12 +75,10 @@ def _problems(plain: dict[str, Any]) -> list[str]:
     ]
     if plain["device"] not in (None, "cpu", "cuda"):
         problems.append(f"device={plain['device']} is not one of cpu, cuda")
-    for key, least in (("timing_repeats", 0), ("subgroup_values", 1), ("seed", 0), ("robustness_images", 1)):
-        value = plain[key]
-        if key == "robustness_images" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            problems.append(f"{key}={value}: expected a whole number from {least} on")
+    counts = {"timing_repeats": 0, "subgroup_values": 1, "seed": 0}
+    if plain["robustness_images"] is not None:
+        counts["robustness_images"] = 1
+    problems += count_problems(plain, counts)
     problems += [
         f"{key}={plain[key]}: expected true or false"
         for key in ("calibration", "robustness")

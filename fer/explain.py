@@ -11,7 +11,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from fer.config import CONF, check_command_line, guarded, resolved
+from fer.config import CONF, check_command_line, count_problems, guarded, resolved
 from fer.errors import UserError
 
 CONFIG = "explain"
@@ -61,10 +61,7 @@ def _problems(plain: dict[str, Any]) -> list[str]:
     figures = plain["figures"]
     if not isinstance(figures, list) or not figures or set(map(str, figures)) - set(FIGURES):
         problems.append(f"figures={figures}: expected some of [{','.join(FIGURES)}]")
-    for key, least in (("points", 10), ("pictures", 1), ("maps", 0), ("seed", 0)):
-        if isinstance(plain[key], bool) or not isinstance(plain[key], int) or plain[key] < least:
-            problems.append(f"{key}={plain[key]}: expected a whole number from {least} on")
-    return problems
+    return problems + count_problems(plain, {"points": 10, "pictures": 1, "maps": 0, "seed": 0})
 
 
 @hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")

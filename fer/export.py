@@ -12,7 +12,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from fer.config import CONF, check_command_line, guarded, resolved
+from fer.config import CONF, check_command_line, count_problems, guarded, resolved
 from fer.errors import UserError
 
 CONFIG = "export"
@@ -76,10 +76,7 @@ def _problems(plain: dict[str, Any]) -> list[str]:
             "license is missing: the model card must say under which terms the weights may be used, such as "
             "license=cc-by-nc-4.0; the data's own terms count too"
         )
-    for key, least in (("crops", 1), ("calibration", 1), ("repeats", 20), ("seed", 0)):
-        if isinstance(plain[key], bool) or not isinstance(plain[key], int) or plain[key] < least:
-            problems.append(f"{key}={plain[key]}: expected a whole number from {least} on")
-    return problems
+    return problems + count_problems(plain, {"crops": 1, "calibration": 1, "repeats": 20, "seed": 0})
 
 
 @hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")

@@ -5,6 +5,7 @@ the network's input, normalised, in the main process. Further: the time from a l
 ten times the images cost.
 """
 
+import abc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -111,16 +112,16 @@ def cpu_with(workers: list[int]) -> float:
     return used
 
 
-class _Epochs:
+class _Epochs(abc.ABC):
     """Whole epochs as windows: at the end of each no worker has anything left to do."""
 
     def workers(self) -> list[int]:
         """Process ids."""
         return []
 
+    @abc.abstractmethod
     def epoch(self) -> Iterator[Tensor]:
         """The (B, 3, S, S) batches of the next epoch."""
-        raise NotImplementedError
 
     def window(self) -> Times:
         """Run an epoch; a step is an image."""
