@@ -18,7 +18,7 @@ from fer.models.averaging import WeightAverage
 from fer.models.base import ExpressionModule
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-OWN = {"demo", "fer2013_cpu"}
+OWN = {"demo", "fer2013_cpu", "ferplus_cpu"}
 # What the papers claim, as the head of each recipe must say it (architectures.md 2.5, 3.4, 4.4, 5.5, 6.4, 7).
 CLAIMS = {
     "cbam_resnet_ckplus": "95.1 %",

@@ -60,7 +60,7 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_claimed_stands_beside_measured_for_every_paper_result(papers: Path) -> None:
-    recipes = {path.stem for path in (CONF / "experiment").glob("*.yaml")} - {"demo", "fer2013_cpu"}
+    recipes = {path.stem for path in (CONF / "experiment").glob("*.yaml")} - {"demo", "fer2013_cpu", "ferplus_cpu"}
     jobs = {path.parent.name.removeprefix("experiment-"): path.parent for path in papers.glob("*/results.json")}
     assert set(jobs) == recipes
     lines = pd.read_csv(papers / "report" / "claims.csv")

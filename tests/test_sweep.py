@@ -333,7 +333,7 @@ def test_sweep_groups_compose_with_any_axis() -> None:
 
 
 def test_every_paper_is_in_the_papers_sweep() -> None:
-    ours = {"demo", "fer2013_cpu"}
+    ours = {"demo", "fer2013_cpu", "ferplus_cpu"}
     papers = {path.stem for path in (CONF / "experiment").glob("*.yaml")} - ours
     assert set(planned("sweep=papers").jobs or {}) == {f"experiment-{name}" for name in papers}
 
