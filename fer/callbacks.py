@@ -202,9 +202,10 @@ class Curves(Checkpoint):
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save within an epoch when it is time; the epoch's end has its own checkpoint."""
-        if self._log is not None and trainer.global_step > self._logged:
-            os.write(self._log, b"%d\n" % trainer.global_step)
-            self._logged = trainer.global_step
+        step = trainer.global_step  # asked for once: Lightning walks through five objects for it
+        if self._log is not None and step > self._logged:
+            os.write(self._log, b"%d\n" % step)
+            self._logged = step
         asked = self._asked(trainer)
         if batch_idx + 1 == trainer.num_training_batches:
             if self._epoch_began is not None:
@@ -213,9 +214,9 @@ class Curves(Checkpoint):
             return
         due = time.monotonic() - self._saved > 60 * self.minutes
         if trainer.world_size > 1:  # saving takes all devices, so they agree now and then
-            looked = trainer.global_step % CLOCK_STEPS == 0
+            looked = step % CLOCK_STEPS == 0
             due = looked and trainer.strategy.reduce_boolean_decision(due, all=False)
-        if asked or due or (self.steps is not None and trainer.global_step % self.steps == 0):
+        if asked or due or (self.steps is not None and step % self.steps == 0):
             self._save_last(trainer)
         if asked:
             raise Stopped

@@ -212,9 +212,11 @@ class StepGuard:
         """The batch is done; read what is on the device at logging points and at the epoch's end."""
         trainer, step = self.module.trainer, self.window[-1]
         last = step.batch + 1 == trainer.num_training_batches
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if last or (trainer.global_step > step.number and trainer.global_step % every == 0):
-            self.read()
+        if not self.at_once:
+            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+            done = trainer.global_step
+            if last or (done > step.number and done % every == 0):
+                self.read()
         if last:
             self.check_weights()
 
