@@ -35,9 +35,11 @@ def run(config: DictConfig) -> None:
     from fer.reporting.comparisons import compare
     from fer.reporting.groups import make_groups
     from fer.reporting.publish import Options, write_report
+    from fer.reporting.results import RECORDS, load_results
 
     roots = [Path(root) for root in _listed(plain["runs"])]
     claims = load_claims(Path(plain["claims"] or CONF / "claims.yaml"))
+    measured = load_results(Path(plain["measured"] or RECORDS))
     runs = read_runs(roots)
     groups = make_groups(runs)
     selectors = _listed(plain["compare"] or [])
@@ -49,7 +51,7 @@ def run(config: DictConfig) -> None:
         root=Path(os.path.commonpath([root.resolve() for root in roots])),
     )
     output = Path(plain["output"])
-    write_report(output, runs, groups, claims, verdicts, never_started(roots), options)
+    write_report(output, runs, groups, claims, measured, verdicts, never_started(roots), options)
     state = ", ".join(f"{n:,} {status}" for status, n in Counter(run.status for run in runs).most_common())
     print(f"{len(runs):,} runs ({state}) in {len(groups):,} groups: {output / 'report.html'}")
 

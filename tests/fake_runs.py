@@ -208,6 +208,7 @@ def write_run(
         "seconds": 60.0 + seed,
         "cpu_seconds": 55.0 + seed,
         "device": "cpu",
+        "machine": {"cpu": "a processor", "cores": 2, "system": "Linux", "accelerators": []},
         "precision": "32-true",
         "threads": 1,
         "resident": True,

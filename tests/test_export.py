@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from fer.errors import UserError
 from fer.evaluation.calibration import Calibration, checkpoint_fingerprint
 from fer.exporting import files
-from fer.exporting.card import bootstrap, metric_rows
+from fer.exporting.card import metric_rows
 from fer.exporting.files import Options, export_onnx, export_safetensors, preprocessing_of
 from fer.exporting.graph import answers_of, export_graph, session_of
 from fer.exporting.int8 import cost, interleaved, method_for, quantise
 from fer.hub import ExportedModel
 from fer.metrics import scores
+from fer.reporting.statistics import bootstrap_scores
 from fer.trained import open_run
 
 OPTIONS = Options(
@@ -271,7 +272,7 @@ def test_intervals():
     for _ in range(4000):
         drawn = np.bincount(generator.choice(images, 100), minlength=4).reshape(2, 2)
         means.append(scores(drawn, ["a", "b"])["mean_acc"])
-    np.testing.assert_allclose(bootstrap(counts, 0)[0], np.quantile(means, [0.025, 0.975]), atol=0.01)
+    np.testing.assert_allclose(bootstrap_scores(counts, 0)[0], np.quantile(means, [0.025, 0.975]), atol=0.01)
 
 
 def changed(published, tmp_path, **config):

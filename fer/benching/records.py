@@ -1,23 +1,11 @@
 """What a part leaves behind: its rows, and the machine and code they were measured on."""
 
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
+from fer.machine import machine
 from fer.runs import git_commit, versions, write_json
-
-
-def machine() -> dict[str, Any]:
-    """The processor's name and how many of its cores this process may use."""
-    cpu = platform.processor() or platform.machine()
-    facts = Path("/proc/cpuinfo")
-    if facts.is_file():
-        names = [line.partition(":")[2].strip() for line in facts.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": cpu, "cores": cores, "system": platform.system()}
 
 
 def save(folder: Path, part: str, rows: list[Any], command: str, config: dict[str, Any], cpu_seconds: float) -> Path:

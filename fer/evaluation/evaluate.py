@@ -239,7 +239,7 @@ def _results(subject: Subject, answers: Answers, parts: dict[str, Any], protocol
         "networks": [
             {
                 "run": str(run.folder.path),
-                **{key: run.results.get(key) for key in (*networks, "code_version", "split_fingerprint")},
+                **{key: run.results.get(key) for key in (*networks, "code_version", "split_fingerprint", "job_key")},
                 "checkpoint": mark,
             }
             for run, mark in zip(runs, marks, strict=True)

@@ -10,11 +10,11 @@ from scipy.stats import binomtest
 
 from fer.errors import UserError
 from fer.metrics import Array, confusion_counts
+from fer.reporting.statistics import RESAMPLES, bootstrap_scores
 from fer.reporting.tables import inert
 from fer.trained import TrainedRun
 
 TEMPLATE = Path(__file__).with_name("card.md")
-RESAMPLES = 2000
 LIMITS = [
     "It names an expression as annotators would, and annotators disagree with each other; labels are noisy.",
     "It was tested on one data set. Other cameras, alignments, ages and cultures were not tested here; expect less.",
@@ -126,7 +126,7 @@ def metric_rows(counts: Array, classes: list[str], scores: dict[str, float], see
 
     n = int(counts.sum())
     whole = binomtest(int(counts.diagonal().sum()), n).proportion_ci(method="wilson")
-    mean_acc, macro_f1 = bootstrap(counts, seed)
+    mean_acc, macro_f1 = bootstrap_scores(counts, seed)
     rows = [
         ("accuracy", f"{100 * scores['acc']:.2f} %", percent(whole.low, whole.high), n),
         ("mean class accuracy", f"{100 * scores['mean_acc']:.2f} %", percent(*mean_acc), n),
@@ -141,24 +141,3 @@ def metric_rows(counts: Array, classes: list[str], scores: dict[str, float], see
                 (f"accuracy of {inert(name)}", f"{100 * right / support:.2f} %", percent(ci.low, ci.high), int(support))
             )
     return [{"name": name, "value": value, "interval": ci, "n": f"{m:,}"} for name, value, ci, m in rows]
-
-
-def bootstrap(counts: Array, seed: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """95 % percentile intervals of mean class accuracy and macro F1 over images drawn with replacement.
-
-    Both depend on the confusion counts alone, and drawing images is drawing their cells.
-
-    Args:
-        counts: (K, K), rows are labels.
-        seed: of the drawing.
-    """
-    k, total = len(counts), counts.sum()
-    drawn = np.random.default_rng(seed).multinomial(total, (counts / total).ravel(), size=RESAMPLES).reshape(-1, k, k)
-    hits = drawn.diagonal(axis1=1, axis2=2)
-    support, predicted = drawn.sum(2), drawn.sum(1)
-    with np.errstate(invalid="ignore"):
-        recall, f1 = hits / support, 2 * hits / (support + predicted)
-    # A class that does not come in a sample is left out of its mean, as in `fer.metrics.scores`.
-    spread = [np.quantile(np.nanmean(values, axis=1), [0.025, 0.975]) for values in (recall, f1)]
-    (low, high), (f1_low, f1_high) = ((float(a), float(b)) for a, b in spread)
-    return (low, high), (f1_low, f1_high)

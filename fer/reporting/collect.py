@@ -25,7 +25,7 @@ NOT_SETTINGS = (
     *("enable_model_summary", "checkpoint_minutes", "checkpoint_steps", "log_every_n_steps"),
 )
 REQUIRED = ("classes", "n", "metrics", "confusion", "split_fingerprint", "selected_on", "best_epoch", "tta", "weights")
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def read_run(path: Path) -> Run:
     try:
         status = folder.status()
         if folder.config.exists():
-            config = yaml.load(folder.config.read_text(), _LOADER)
+            config = yaml.load(folder.config.read_text(), LOADER)
         if not isinstance(config, dict):
             raise UserError(f"{folder.config} is no config of a run")
         state, error = str(status.get("status", "done")), str(status.get("error") or "")

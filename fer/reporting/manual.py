@@ -1,4 +1,4 @@
-"""``python -m fer.reporting.manual``: the parts of docs/ that conf/, the docstrings and docs/results/ say already.
+"""``python -m fer.reporting.manual``: what conf/, docstrings and docs/results/ say, in the pages and the README.
 
 What stands in a page between ``<!-- options model/convcut -->`` and ``<!-- end -->`` is written anew, so that it cannot
 disagree with its source; the rest of the page is prose. `WRITERS` has the kinds there are.
@@ -9,7 +9,6 @@ import functools
 import itertools
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,8 +18,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from fer.config import CONF
-from fer.reporting import endurance, reliability
+from fer.reporting import endurance, measured, reliability
 from fer.reporting.claims import Claim, load_claims
+from fer.reporting.results import TRAIN, Result, load_results
 from fer.reporting.speed import section
 from fer.reporting.tables import DASH, markdown
 from fer.runs import read_json, write_text
@@ -38,8 +38,6 @@ _MEANINGS = {  # of options that most files have and none explains
 }
 _SAME_FOR_ALL = ("class_names", "loss", "optim", "root")  # explained elsewhere
 _NOT_MEASURED = "not measured here"
-# Words of a command that say which repetition it is, or where it ran, but not what was measured.
-_REPETITION = ("seed=", "logger=", "hydra.", "data.root=", "trainer.threads=", "trainer.enable_progress_bar=", "fresh=")
 
 
 def filled(page: str) -> str:
@@ -158,40 +156,35 @@ def _small(model: str) -> str:
     )
 
 
-@functools.cache
-def _records() -> dict[str, list[dict[str, Any]]]:
-    """Finished runs under docs/results by their command, without what only says which repetition it is."""
-    found = defaultdict(list)
-    for path in sorted(RECORDS.rglob("*.json")):
-        record = read_json(path)
-        if isinstance(record, dict) and {"command", "metrics", "tta", "n"} <= record.keys():
-            words = [word for word in record["command"].split() if not word.startswith(_REPETITION)]
-            found[" ".join(words)].append(record)
-    return found
-
-
 def _measured(experiment: str) -> str:
-    figures = measured(experiment)
+    figures = measured_with(experiment)
     return "**Not measured here.**" if figures == _NOT_MEASURED else f"**Measured here:** {figures}."
 
 
-def measured(experiment: str) -> str:
-    """Test accuracy of an experiment as ``docs/results`` has it, each variant of its command apart."""
+@functools.cache
+def _results() -> list[Result]:
+    return load_results()
+
+
+def measured_with(experiment: str) -> str:
+    """Test accuracy of an experiment as ``docs/results/measured`` has it, each variant of its command apart."""
     out = []
-    for command, runs in _records().items():
-        if f"experiment={experiment}" in command.split():
+    for row in _results():
+        if f"experiment={experiment}" not in row.setting.split():
+            continue
+        for views in reversed(row.views):
             figures = [
-                f"{_percent([run['metrics']['test'][key] for run in runs])} {name}"
+                f"{_percent(list(row.values(views, key).values()))} {name}"
                 for key, name in (("acc", "accuracy"), ("mean_acc", "mean class accuracy"))
             ]
             facts = [
-                f"n = {runs[0]['n']['test']:,}",
-                f"{len(runs)} seed{'s' if len(runs) > 1 else ''}",
-                f"views: {runs[0]['tta']}",
-                f"epoch chosen on {runs[0]['selected_on']}",
-                *sorted({stamp for run in runs for stamp in run["stamps"]}),
+                f"n = {row.confusion(views).sum():,.0f}",
+                f"{len(row.repeats)} run{'s' if len(row.repeats) > 1 else ''}",
+                f"views: {views}",
+                f"epoch chosen on {row.selected_on}",
+                *row.stamps,
             ]
-            out.append(f"{', '.join(figures)} ({', '.join(facts)}; `{command}`)")
+            out.append(f"{', '.join(figures)} ({', '.join(facts)}; `{TRAIN} {row.setting}`)")
     return "; ".join(out) or _NOT_MEASURED
 
 
@@ -249,7 +242,7 @@ def paper(key: str) -> str:
             continue
         names = [] if claim.model is None else [n for data in claim.data for n in _recipes(claim.model, data)]
         names = [name for name in names if f"{claim.acc:g}" in " ".join(_head(EXPERIMENTS / f"{name}.yaml"))]
-        here = "<br>".join(f"`experiment={name}` {measured(name)}" for name in names) or DASH
+        here = "<br>".join(f"`experiment={name}` {measured_with(name)}" for name in names) or DASH
         cells = [*map(markdown, [claim.method, *_figures(claim), _how(claim)]), here]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -263,6 +256,8 @@ WRITERS: dict[str, Callable[[str], str]] = {
     "recipes": recipes,
     "claims": claims,
     "paper": paper,
+    "measured": measured.section,
+    "differences": measured.differences_section,
     "speed": section,
     "reliability": reliability.section,
     "endurance": endurance.section,
@@ -274,7 +269,12 @@ def main() -> None:
     if sys.argv[1:]:
         print(__doc__)
         return
-    for path in sorted(DOCS.rglob("*.md")):
+    write_pages()
+
+
+def write_pages() -> None:
+    """Write the generated parts of the README and of every page anew, and name the pages that changed."""
+    for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md"))):
         old = path.read_text()
         if (new := filled(old)) != old:
             write_text(path, new)

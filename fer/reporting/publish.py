@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fer.reporting import contents
+from fer.reporting import measured as earlier
 from fer.reporting.benches import Bench, make_benches
 from fer.reporting.charts import curves, overview, reliability
 from fer.reporting.claims import Beside, Claim, beside
@@ -18,6 +19,7 @@ from fer.reporting.collect import Run
 from fer.reporting.comparisons import Verdict
 from fer.reporting.groups import Group
 from fer.reporting.pictures import Wrong, most_wrong, pictures_found
+from fer.reporting.results import Result
 from fer.reporting.tables import Table, markdown, write_csv
 from fer.runs import write_bytes, write_text
 
@@ -71,6 +73,7 @@ class BenchPart:
     results: Table
     claims: Table
     not_run: Table
+    measured: Table
     any_apart: bool
     per_class: Table
     detections: Table
@@ -80,7 +83,10 @@ class BenchPart:
     @property
     def tables(self) -> tuple[Table, ...]:
         """Its tables, without those of its groups."""
-        return self.results, self.claims, self.not_run, self.per_class, self.detections, self.distribution
+        return (
+            *(self.results, self.claims, self.not_run, self.measured),
+            *(self.per_class, self.detections, self.distribution),
+        )
 
 
 def write_report(
@@ -88,6 +94,7 @@ def write_report(
     runs: Sequence[Run],
     groups: Sequence[Group],
     claims: Sequence[Claim],
+    measured: Sequence[Result],
     verdicts: Sequence[Verdict],
     planned: Sequence[tuple[Path, str, str]],
     options: Options,
@@ -99,12 +106,13 @@ def write_report(
         runs: every run read.
         groups: the same in groups.
         claims: what papers claim.
+        measured: the committed summaries of earlier runs, see `fer.reporting.results`.
         verdicts: comparisons asked for.
         planned: jobs of sweeps that were never started, see `fer.reporting.collect.never_started`.
         options: what to show.
     """
     benches = make_benches(groups)
-    parts = [_bench_part(bench, beside(bench, claims), options) for bench in benches]
+    parts = [_bench_part(bench, beside(bench, claims), measured, options) for bench in benches]
     times, absent = contents.times(benches), contents.absent(groups, planned, options.root)
     comparisons = contents.compared(verdicts) if verdicts else None
     state = Counter(run.status for run in runs)
@@ -146,6 +154,7 @@ def write_report(
     write_csv(output / "groups.csv", [part.results for part in parts])
     write_csv(output / "classes.csv", [part.per_class for part in parts])
     write_csv(output / "claims.csv", [table for part in parts for table in (part.claims, part.not_run)])
+    write_csv(output / "measured.csv", [part.measured for part in parts])
     write_csv(output / "detections.csv", [part.detections for part in parts])
     write_csv(output / "confusion.csv", [one.confusion for part in parts for one in part.groups])
     write_csv(output / "images.csv", [part.distribution for part in parts])
@@ -167,7 +176,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _bench_part(bench: Bench, claims: Sequence[Beside], options: Options) -> BenchPart:
+def _bench_part(bench: Bench, claims: Sequence[Beside], measured: Sequence[Result], options: Options) -> BenchPart:
     return BenchPart(
         bench=bench,
         facts=_facts(bench),
@@ -175,6 +184,7 @@ def _bench_part(bench: Bench, claims: Sequence[Beside], options: Options) -> Ben
         results=contents.results(bench),
         claims=contents.claimed(bench, claims),
         not_run=contents.not_run(bench, claims),
+        measured=earlier.table([r for r in measured if r.data == bench.data], f"{bench.data}: measured earlier"),
         any_apart=any(bench.apart(group) for group in bench.groups),
         per_class=contents.per_class(bench, claims),
         detections=contents.detections(bench),

@@ -1,0 +1,114 @@
+"""Tables of what was measured, from the summaries of `fer.reporting.results`: for the pages and the report."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from fer.reporting.results import RECORDS, Result, load_results
+from fer.reporting.statistics import bootstrap_scores, mean_interval, wilson_half_width
+from fer.reporting.tables import NONE, Cell, Row, Table, interval, mean_std, number, percent, words
+
+MEASURED = (
+    *("setting", "views", "accuracy, %", "95 % over seeds", "± by images", "mean class, %", "± by images", "n"),
+    *("seeds", "epoch chosen on", "core-minutes a run", "hardware", "commit"),
+)
+CHOSEN = {"val": "validation", "test": "the test part"}
+NOTE = (
+    "Mean ± standard deviation over runs and Student's t interval of the mean. By images: half of the 95 % interval "
+    "that this number of test images leaves open, Wilson's for accuracy, a bootstrap's for mean class accuracy."
+)
+
+
+def table(results: Sequence[Result], title: str) -> Table:
+    """A line for each setting and choice of views; stamped settings last."""
+    lines = []
+    for row in sorted(results, key=lambda row: bool(row.stamps)):
+        lines += [_line(row, views) for views in reversed(row.views)]
+    return Table(title, MEASURED, lines, NOTE, left=2)
+
+
+def _line(row: Result, views: str) -> Row:
+    acc, mean_acc = (mean_interval(list(row.values(views, metric).values())) for metric in ("acc", "mean_acc"))
+    counts = row.confusion(views)
+    images = round(counts.sum())
+    half = wilson_half_width(acc[0], images)
+    (low, high), _ = bootstrap_scores(np.rint(counts).astype(np.int64), 0)
+    chosen = [one.val_acc for one in row.repeats]
+    minutes = [one.core_minutes for one in row.repeats]
+    cells = [words(row.setting), words(views), mean_std(*acc[:2]), interval(*acc[2:]), _half(half)]
+    cells += [mean_std(*mean_acc[:2]), _half((high - low) / 2), number(images, 0), _seeds(row)]
+    cells += [words(f"{CHOSEN[row.selected_on]}, {percent(float(np.mean(chosen))).text} %")]
+    cells += [number(float(np.mean(minutes)), 1)]
+    cells += [
+        words("; ".join(dict.fromkeys(getattr(one, name) for one in row.repeats))) for name in ("hardware", "commit")
+    ]
+    values = {"setting": row.setting, "model": row.model, "data": row.data, "views": views, "images": images}
+    for metric, found in (("acc", acc), ("mean_acc", mean_acc)):
+        values |= {f"{metric}_{name}": value for name, value in zip(("mean", "std", "low", "high"), found, strict=True)}
+    return Row(cells, values, row.stamps, apart=bool(row.stamps))
+
+
+def _half(value: float) -> Cell:
+    return Cell(f"± {percent(value).text}", value)
+
+
+def _seeds(row: Result) -> Cell:
+    seeds, folds = (sorted({getattr(one, name) for one in row.repeats} - {None}) for name in ("seed", "fold"))
+    text = ", ".join(map(str, seeds)) + (f"; folds {', '.join(map(str, folds))}" if folds else "")
+    return Cell(text, len(row.repeats))
+
+
+def differences(results: Sequence[Result], title: str) -> Table:
+    """What one word of a command, or more views at test, are worth: paired by seed, each against the same without."""
+    lines = []
+    for row in results:
+        plain, *more = row.views
+        lines += [_difference(f"{row.setting}: {views} instead of {plain}", row, views, row, plain) for views in more]
+    for a, b in combinations(results, 2):
+        less, full = sorted((a, b), key=lambda row: len(row.setting.split()))
+        extra = set(full.setting.split()) - set(less.setting.split())
+        if a.data == b.data and len(extra) == 1 and set(less.setting.split()) < set(full.setting.split()):
+            shared = [views for views in less.views if views in full.views]
+            what = f"{less.setting}: with {extra.pop()}"
+            lines += [_difference(f"{what}, views {views}", full, views, less, views) for views in shared]
+    columns = ["what", "accuracy, points", "95 % over seeds", "mean class, points", "95 % over seeds", "pairs"]
+    note = (
+        "Test figures, with minus without, of the same seed; Student's t interval of the mean, wide for few seeds; "
+        "python -m fer.report compare= also asks what other images would say."
+    )
+    return Table(title, columns, [line for line in lines if line is not None], note)
+
+
+def _difference(what: str, a: Result, views_a: str, b: Result, views_b: str) -> Row | None:
+    cells, pairs = [words(what)], 0
+    for metric in ("acc", "mean_acc"):
+        left, right = a.values(views_a, metric), b.values(views_b, metric)
+        found = [left[key] - right[key] for key in left if key in right]
+        mean, _, low, high = mean_interval(found)
+        cells += [percent(mean), interval(low, high) if len(found) > 1 else NONE]
+        pairs = len(found)
+    return Row([*cells, number(pairs, 0)], {}, list(dict.fromkeys([*a.stamps, *b.stamps]))) if pairs else None
+
+
+# -- pages --------------------------------------------------------------------------------------------------------
+
+
+def section(name: str, folder: Path = RECORDS) -> str:
+    """The rows of ``<data>`` or ``<data>/<model>`` as Markdown."""
+    return _page(table(_chosen(name, folder), ""))
+
+
+def differences_section(name: str, folder: Path = RECORDS) -> str:
+    """`differences` of ``<data>`` or ``<data>/<model>`` as Markdown."""
+    return _page(differences(_chosen(name, folder), ""))
+
+
+def _chosen(name: str, folder: Path) -> list[Result]:
+    data, _, model = name.partition("/")
+    return [row for row in load_results(folder) if row.data == data and model in ("", row.model)]
+
+
+def _page(one: Table) -> str:
+    return one.markdown().partition("\n\n")[2].strip() if one.rows else "Not measured yet."

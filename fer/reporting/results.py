@@ -1,0 +1,312 @@
+"""``python -m fer.reporting.results RUNS``: what trainings measured, from run folders to docs/results and the pages.
+
+RUNS is a folder, such as a sweep's. Every finished training under it, and every evaluation of one by
+``python -m fer.evaluate run=... tta=...`` on its own test part, goes to docs/results/measured/<data>.json: a row per
+setting, in it a repeat per seed and fold, with the confusion matrix of the test for each choice of views. Rows and
+repeats of earlier calls stay; a training takes the place of an older one with its setting, seed and fold, and where the
+values behind the setting have changed, of all older ones. Then the pages are written anew; without RUNS only that.
+"""
+
+import functools
+import hashlib
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from omegaconf import OmegaConf
+
+from fer.config import CONF, compose_like_hydra
+from fer.errors import UserError
+from fer.metrics import Array, scores
+from fer.reporting.collect import LOADER, find_runs, settings_of
+from fer.runs import RunFolder, read_json, write_json
+
+RECORDS = CONF.parent / "docs" / "results" / "measured"
+TRAIN = "python -m fer.train"
+# Words of a command that say which repetition it is, or where it ran, but not what was measured.
+REPETITION = (
+    *("seed=", "protocol.fold=", "logger=", "hydra.", "hydra/", "data.root=", "data.cache=", "fresh=", "report="),
+    *("trainer.threads=", "trainer.enable_progress_bar=", "trainer.checkpoint_", "data.num_workers="),
+)
+AGAIN = "evaluated again"  # begins the stamp of an evaluation on a network's own test part, which says no more here
+VIEWS = ("none", "flip", "five_crop", "ten_crop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeat:
+    """One training.
+
+    Attributes:
+        seed: of everything but the split.
+        fold: the fold held out, None without folds.
+        job_key: of its run folder; evaluations are matched by it.
+        commit: of the code, with ``+`` where files had changed.
+        hardware: what it ran on.
+        core_minutes: CPU time of training and test.
+        epochs: how many were trained.
+        val_acc, val_mean_acc: scores of the chosen epoch where it was chosen.
+        tests: by views, the test's confusion matrix, a row of counts per label.
+    """
+
+    seed: int
+    fold: int | None
+    job_key: str
+    commit: str
+    hardware: str
+    core_minutes: float
+    epochs: int
+    val_acc: float
+    val_mean_acc: float
+    tests: dict[str, list[str]]
+
+    def confusion(self, views: str) -> Array:
+        """(K, K) counts, rows are labels."""
+        return np.array([row.split() for row in self.tests[views]], dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A row: trainings that differ in seed and fold alone.
+
+    Attributes:
+        setting: the command's words that made the figures, `TRAIN` before them.
+        settings: digest of all values of its config but seed and fold.
+        model, data: public names.
+        classes: K names.
+        n: images of each part, of the first repeat.
+        selected_on: ``val`` or ``test``.
+        stamps: what must stand beside every figure.
+        weights: where the initial ones came from.
+        parameters: how many there are.
+        repeats: by seed and fold.
+    """
+
+    setting: str
+    settings: str
+    model: str
+    data: str
+    classes: list[str]
+    n: dict[str, int]
+    selected_on: str
+    stamps: list[str]
+    weights: str
+    parameters: int
+    repeats: list[Repeat]
+
+    @property
+    def views(self) -> list[str]:
+        """The choices of views every repeat was tested with."""
+        return [views for views in VIEWS if all(views in one.tests for one in self.repeats)]
+
+    def confusion(self, views: str) -> Array:
+        """(K, K) mean counts over seeds, summed over folds."""
+        total: Array = np.sum([one.confusion(views) for one in self.repeats], axis=0)
+        return total / len({one.seed for one in self.repeats})
+
+    def values(self, views: str, metric: str) -> dict[tuple[int, int | None], float]:
+        """``acc`` or ``mean_acc`` of the test of every repeat, by seed and fold."""
+        return {(one.seed, one.fold): scores(one.confusion(views), self.classes)[metric] for one in self.repeats}
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def load_results(folder: Path = RECORDS) -> list[Result]:
+    """Every row of a folder of summaries.
+
+    Raises:
+        UserError: one lacks a field, has one too many, or a test that does not count its images.
+    """
+    return [row for path in sorted(folder.glob("*.json")) for row in _load(path)]
+
+
+def _load(path: Path) -> list[Result]:
+    content = read_json(path)
+    rows = content.get("rows") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise UserError(f"{path} has no list of rows: expected what python -m fer.reporting.results writes")
+    return [_result(row, f"{path}, row {place}") for place, row in enumerate(rows, 1)]
+
+
+def _result(entry: Any, where: str) -> Result:
+    _check(Result, entry, where)
+    repeats = []
+    for place, one in enumerate(entry["repeats"], 1):
+        inside = f"{where}, repeat {place}"
+        _check(Repeat, one, inside)
+        repeats.append(Repeat(**one))
+        for views in repeats[-1].tests:
+            counted = int(repeats[-1].confusion(views).sum())
+            if one["fold"] is None and counted != entry["n"]["test"]:
+                raise UserError(f"{inside}: its test with views {views} counts {counted} images, not n.test")
+    if not repeats:
+        raise UserError(f"{where} has no repeats: a row stands for at least one training")
+    return Result(**{**entry, "repeats": repeats})
+
+
+def _check(kind: type, entry: Any, where: str) -> None:
+    known = [field.name for field in fields(kind)]
+    if not isinstance(entry, dict) or (lacking := [name for name in known if name not in entry]):
+        lacks = lacking[0] if isinstance(entry, dict) else "everything"
+        raise UserError(f"{where} lacks {lacks}: expected all of {', '.join(known)}")
+    if unknown := [name for name in entry if name not in known]:
+        raise UserError(f"{where} has {unknown[0]}, expected nothing but {', '.join(known)}")
+
+
+def save_results(results: Sequence[Result], folder: Path = RECORDS) -> None:
+    """Write rows to ``<data>.json``, in the order of their settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for data in sorted({row.data for row in results}):
+        rows = sorted((row for row in results if row.data == data), key=lambda row: (row.model, row.setting))
+        write_json(folder / f"{data}.json", {"rows": [asdict(row) for row in rows]})
+
+
+# -- from run folders ---------------------------------------------------------------------------------------------
+
+
+def record(runs: Path, before: Iterable[Result]) -> list[Result]:
+    """Rows with the finished runs of a folder among them.
+
+    Raises:
+        UserError: there is none, or one was written by code that did not note its machine.
+    """
+    found = [folder for folder in map(RunFolder, find_runs([runs])) if folder.results.exists()]
+    read = [(folder, read_json(folder.results)) for folder in found]
+    trained = [(folder, results) for folder, results in read if "evaluation" not in results]
+    rows = {(row.data, row.setting): row for row in before}
+    for folder, results in trained:
+        new = _row(folder, results)
+        old = rows.get((new.data, new.setting))
+        if old is not None and old.settings != new.settings:
+            print(f"{new.setting} stands for other values than before: its older repeats are dropped")
+            old = None
+        rows[new.data, new.setting] = new if old is None else _merged(old, new)
+    seen = len(trained)
+    for _, results in read:
+        networks = results.get("evaluation", {}).get("networks", [])
+        if len(networks) == 1 and any(stamp.startswith(AGAIN) for stamp in results["stamps"]):
+            seen += _add_test(rows, networks[0], results)
+    if not seen:
+        raise UserError(f"runs={runs} holds no finished training, nor an evaluation of one that is in {RECORDS}")
+    return list(rows.values())
+
+
+def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
+    if "machine" not in results:
+        raise UserError(f"{folder.results} does not say on which machine it ran: it is of older code, train it anew")
+    settings = settings_of(yaml.load(folder.config.read_text(), LOADER))
+    # How many views a test averages stands by each test.
+    text = str(sorted((name, str(value)) for name, value in settings.items() if name != "data.tta"))
+    val = results["metrics"]["val"]
+    repeat = Repeat(
+        seed=results["seed"],
+        fold=results["fold"],
+        job_key=results["job_key"],
+        commit=str(results["git_commit"]),
+        hardware=_hardware(results),
+        core_minutes=round(results["cpu_seconds"] / 60, 1),
+        epochs=results["epochs"],
+        val_acc=val["acc"],
+        val_mean_acc=val["mean_acc"],
+        tests={results["tta"]: _rows_of(results)},
+    )
+    return Result(
+        setting=setting_of(results["command"]),
+        settings=hashlib.sha256(text.encode()).hexdigest()[:12],
+        model=results["model"],
+        data=results["data"],
+        classes=results["classes"],
+        n=results["n"],
+        selected_on=results["selected_on"],
+        stamps=results["stamps"],
+        weights=results["weights"],
+        parameters=results["parameters"],
+        repeats=[repeat],
+    )
+
+
+def _rows_of(results: dict[str, Any]) -> list[str]:
+    return [" ".join(map(str, row)) for row in results["confusion"]["test"]]
+
+
+def _hardware(results: dict[str, Any]) -> str:
+    where = results["machine"]
+    if where["accelerators"]:
+        return ", ".join(where["accelerators"])
+    threads = results["threads"]
+    return f"{where['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def setting_of(command: str) -> str:
+    """A command's words without those that say which repetition it is, and those that change nothing.
+
+    A word changes nothing whose value its groups (``experiment=...``) give already; of ``sweep=...`` that is so where
+    its file holds axes alone, whose values the command has too.
+    """
+    typed = [word for word in shlex.split(command) if "=" in word and not word.startswith(REPETITION)]
+    groups = [word for word in typed if (CONF / word.partition("=")[0]).is_dir() and not _axes_alone(word)]
+    groups.sort(key=lambda word: (not word.startswith("experiment="), word))
+    plain = _composed(tuple(groups))
+    values = sorted(word for word in typed if not (CONF / word.partition("=")[0]).is_dir())
+    return shlex.join([*groups, *(word for word in values if not _said(plain, word))])
+
+
+@functools.cache
+def _composed(groups: tuple[str, ...]) -> Any:
+    return compose_like_hydra("train", list(groups))
+
+
+def _axes_alone(word: str) -> bool:
+    group, _, name = word.partition("=")
+    return group == "sweep" and set(yaml.safe_load((CONF / group / f"{name}.yaml").read_text())) <= {"hydra", "report"}
+
+
+def _said(plain: Any, word: str) -> bool:
+    key = word.partition("=")[0].lstrip("+")
+    given = OmegaConf.select(OmegaConf.from_dotlist([word.lstrip("+")]), key)
+    return bool(OmegaConf.select(plain, key) == given)
+
+
+def _merged(old: Result, new: Result) -> Result:
+    """The older repeats with the new one, which keeps the tests of the same training by other views."""
+    (repeat,) = new.repeats
+    kept = [one for one in old.repeats if (one.seed, one.fold) != (repeat.seed, repeat.fold)]
+    same = [one.tests for one in old.repeats if one.job_key == repeat.job_key]
+    repeat = replace(repeat, tests={**(same[0] if same else {}), **repeat.tests})
+    return replace(new, repeats=sorted([*kept, repeat], key=lambda one: (one.seed, one.fold or 0)))
+
+
+def _add_test(rows: dict[tuple[str, str], Result], network: dict[str, Any], results: dict[str, Any]) -> bool:
+    """Add an evaluation's test to its training; whether there is that training."""
+    for key, row in rows.items():
+        for place, one in enumerate(row.repeats):
+            if one.job_key == network["job_key"]:
+                repeats = list(row.repeats)
+                repeats[place] = replace(one, tests={**one.tests, results["tta"]: _rows_of(results)})
+                rows[key] = replace(row, repeats=repeats)
+                return True
+    return False
+
+
+def main() -> None:
+    """The command."""
+    if len(sys.argv) > 2 or sys.argv[1:2] == ["--help"]:
+        print(__doc__)
+        return
+    from fer.reporting.manual import write_pages
+
+    try:
+        if sys.argv[1:]:
+            save_results(record(Path(sys.argv[1]), load_results()))
+        write_pages()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

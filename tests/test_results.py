@@ -1,0 +1,180 @@
+"""Summaries of what was measured: from run folders to docs/results/measured, and from there to pages and report."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import composed
+from fake_runs import write_run
+from scipy import stats
+
+from fer import report
+from fer.config import CONF
+from fer.errors import UserError
+from fer.reporting import measured
+from fer.reporting.manual import filled
+from fer.reporting.results import RECORDS, Result, load_results, record, save_results, setting_of
+from fer.reporting.tables import DASH, MINUS
+
+COMMAND = "python -m fer.train hydra.mode=RUN experiment=fer2013_cpu protocol.drop_leaks={} seed={} sweep=fer_cpu"
+
+
+def training(folder: Path, seed: int, accuracy: float, leaks: bool = False, epochs: int = 10) -> Path:
+    """A run folder of ``sweep=fer_cpu``, as far as a summary reads it."""
+    more = {"command": COMMAND.format(str(leaks).lower(), seed), "tta": "ten_crop"}
+    words = ["experiment=fer2013_cpu", f"protocol.drop_leaks={str(leaks).lower()}"]
+    return write_run(
+        folder,
+        words=words,
+        data="fer2013",
+        seed=seed,
+        images=1000,
+        accuracy=accuracy,
+        settings={"trainer.max_epochs": epochs},
+        more=more,
+    )
+
+
+def evaluation(folder: Path, of: Path, accuracy: float) -> None:
+    """A run folder of ``python -m fer.evaluate run=<of> tta=none``."""
+    key = json.loads((of / "results.json").read_text())["job_key"]
+    more = {"evaluation": {"networks": [{"job_key": key}]}, "tta": "none"}
+    stamps = ["evaluated again: a network that another run folder has trained and tested"]
+    write_run(folder, data="fer2013", images=1000, accuracy=accuracy, stamps=stamps, more=more)
+
+
+def kept(rows: list[Result]) -> Result:
+    """The row of trainings as published."""
+    return next(row for row in rows if "drop_leaks" not in row.setting)
+
+
+def right(folder: Path) -> float:
+    table = pd.read_csv(folder / "predictions.csv")
+    return 100 * float((table["label"] == table["predicted"]).mean())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seeds as published, two of them tested with one view too, and one seed without leaked copies."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed, accuracy in enumerate((0.64, 0.66, 0.68)):
+        run = training(folder / f"kept{seed}", seed, accuracy)
+        evaluation(folder / f"single{seed}", run, accuracy - 0.02)
+    training(folder / "dropped0", 0, 0.62, leaks=True)
+    write_run(folder / "failed", status="failed", error="no reason")
+    return folder
+
+
+def test_a_table_says_what_the_runs_predicted(runs: Path, tmp_path: Path) -> None:
+    save_results(record(runs, []), tmp_path)
+    rows = load_results(tmp_path)
+    assert [row.setting for row in rows] == [
+        "experiment=fer2013_cpu",
+        "experiment=fer2013_cpu protocol.drop_leaks=true",
+    ]
+    assert rows[0].views == ["none", "ten_crop"]
+    text = measured.section("fer2013", tmp_path)
+    for views, name in (("ten\\_crop", "kept"), ("none", "single")):
+        found = [right(runs / f"{name}{seed}") for seed in range(3)]
+        line = next(one for one in text.splitlines() if f"fer2013\\_cpu | {views} |" in one)
+        half = stats.t.isf(0.025, 2) * np.std(found, ddof=1) / np.sqrt(3)
+        assert f"| {np.mean(found):.2f} ± {np.std(found, ddof=1):.2f} |" in line
+        assert f"| {np.mean(found) - half:.2f} to {np.mean(found) + half:.2f} |" in line
+        assert "| 1,000 | 0, 1, 2 | validation" in line
+        assert "a processor, 1 thread" in line
+    gain = np.mean([right(runs / f"kept{seed}") - right(runs / f"single{seed}") for seed in range(3)])
+    leak = right(runs / "dropped0") - right(runs / "kept0")
+    worth = measured.differences_section("fer2013", tmp_path)
+    assert f"ten\\_crop instead of none | {gain:.2f} |" in worth
+    assert (
+        f"with protocol.drop\\_leaks=true, views ten\\_crop | {leak:.2f}".replace("-", MINUS) + f" | {DASH} |" in worth
+    )
+    assert measured.section("fer2013/vit", tmp_path) == "Not measured yet."
+
+
+def test_later_runs_join_earlier_ones(runs: Path, tmp_path: Path) -> None:
+    before = record(runs, [])
+    training(tmp_path / "again" / "1", 1, 0.5)  # the same values: the same job
+    training(tmp_path / "again" / "3", 3, 0.5)
+    joined = kept(record(tmp_path / "again", before))
+    assert [one.seed for one in joined.repeats] == [0, 1, 2, 3]
+    assert [len(one.tests) for one in joined.repeats] == [2, 2, 2, 1]
+    assert joined.views == ["ten_crop"]  # what every repeat has
+    evaluation(tmp_path / "late" / "3", tmp_path / "again" / "3", 0.4)
+    assert kept(record(tmp_path / "late", [joined])).views == ["none", "ten_crop"]
+    training(tmp_path / "other" / "0", 0, 0.9, epochs=3)  # the recipe has changed since
+    changed = record(tmp_path / "other", before)
+    assert [len(row.repeats) for row in changed] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("-m experiment=fer2013_cpu seed=1 trainer.max_epochs=10", "experiment=fer2013_cpu"),
+        ("trainer.max_epochs=6 data.root=/x experiment=fer2013_cpu", "experiment=fer2013_cpu trainer.max_epochs=6"),
+        ("sweep=cv5 protocol.fold=3 model=vit 'model.mean=[0,0,0]'", "model=vit sweep=cv5 'model.mean=[0,0,0]'"),
+    ],
+)
+def test_a_setting_is_what_makes_the_figures(typed: str, kept: str) -> None:
+    assert setting_of(f"python -m fer.train {typed}") == kept
+
+
+def _lacks_commit(row: dict[str, Any]) -> None:
+    del row["repeats"][0]["commit"]
+
+
+def _says_more(row: dict[str, Any]) -> None:
+    row["mood"] = "good"
+
+
+def _counts_too_many(row: dict[str, Any]) -> None:
+    row["n"]["test"] += 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_lacks_commit, r"fer2013\.json, row 1, repeat 1 lacks commit: expected all of seed, fold"),
+        (_says_more, r"fer2013\.json, row 1 has mood, expected nothing but"),
+        (_counts_too_many, r"its test with views ten_crop counts 3589 images, not n\.test"),
+    ],
+)
+def test_a_damaged_row_gets_one_sentence(spoil: Callable[[dict[str, Any]], None], words: str, tmp_path: Path) -> None:
+    shutil.copytree(RECORDS, tmp_path / "measured")
+    path = tmp_path / "measured" / "fer2013.json"
+    content = json.loads(path.read_text())
+    spoil(content["rows"][0])
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words) as caught:
+        load_results(path.parent)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_trainings_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "failed", status="failed", error="no reason")
+    with pytest.raises(UserError, match="holds no finished training"):
+        record(tmp_path, [])
+
+
+def test_the_readme_is_what_the_summaries_give() -> None:
+    page = (CONF.parent / "README.md").read_text()
+    assert page == filled(page), "python -m fer.reporting.results writes it anew"
+    assert page.count("<!-- measured ") == 2
+
+
+def test_the_report_shows_the_same_lines(runs: Path, tmp_path: Path) -> None:
+    save_results(record(runs, []), tmp_path / "measured")
+    folder = tmp_path / "now"
+    training(folder / "0", 7, 0.7)
+    words = [f"runs={folder}", f"output={tmp_path / 'out'}", f"measured={tmp_path / 'measured'}", "thumbnails=false"]
+    report.run(composed(*words, command="report"))
+    page = (tmp_path / "out" / "report.md").read_text()
+    lines = [line for line in measured.section("fer2013", tmp_path / "measured").splitlines() if "fer2013" in line]
+    assert len(lines) == 3
+    assert all(line in page for line in lines)
+    assert "Measured earlier on fer2013 (3)" in (tmp_path / "out" / "report.html").read_text()
