@@ -158,6 +158,25 @@ def _clash(run: Run, others: Iterable[Run]) -> str:
     return ""
 
 
+class _Part:
+    """A group in the making; its first run of a fold speaks for those of its other seeds, which have the same split.
+
+    Asking every run about every other would make ten times the runs cost a hundred times as much.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.firsts: dict[int | None, Run] = {}
+        self.taken: set[tuple[int | None, int | None]] = set()
+
+    def add(self, run: Run) -> None:
+        """A run that belongs to the group; one whose fold and seed it has already is a repeat."""
+        place = run.fold, run.seed
+        (self.group.repeated if place in self.taken else self.group.runs).append(run)
+        self.taken.add(place)
+        self.firsts.setdefault(run.fold, run)
+
+
 def make_groups(runs: Iterable[Run]) -> list[Group]:
     """Group runs; see the top of this file for what belongs together."""
     alike: dict[Key, list[Run]] = defaultdict(list)
@@ -166,23 +185,23 @@ def make_groups(runs: Iterable[Run]) -> list[Group]:
     groups = []
     for (model, data, _), members in alike.items():
         finished = [run for run in members if run.status == "done"]
-        parts: list[Group] = []
+        parts: list[_Part] = []
         for run in sorted(finished, key=_newest_first):
-            first_reason = ""
-            for group in parts:
-                reason = _clash(run, group.runs)
+            reasons = []
+            for part in parts:
+                reason = _clash(run, part.firsts.values())
                 if not reason:
-                    taken = any((run.fold, run.seed) == (other.fold, other.seed) for other in group.runs)
-                    (group.repeated if taken else group.runs).append(run)
                     break
-                first_reason = first_reason or reason
+                reasons.append(reason)
             else:
-                parts.append(Group(model, data, run.settings, [run], refused=first_reason))
-        parts = parts or [Group(model, data, members[0].settings)]
-        parts[0].unfinished = [run for run in members if run.status != "done"]
-        for group in parts:
+                part = _Part(Group(model, data, run.settings, refused=reasons[0] if reasons else ""))
+                parts.append(part)
+            part.add(run)
+        made = [part.group for part in parts] or [Group(model, data, members[0].settings)]
+        made[0].unfinished = [run for run in members if run.status != "done"]
+        for group in made:
             group.runs.sort(key=lambda run: (_number(run.fold), _number(run.seed)))
-        groups += parts
+        groups += made
     groups.sort(key=lambda g: (g.data, g.protocol, g.model, str(g.runs[0].path if g.runs else "")))
     _name(groups)
     return groups
