@@ -21,6 +21,7 @@ from torch import nn
 from fer.config import argument_problems, resolved
 from fer.data.base import ExpressionDataModule
 from fer.data.manifest import PARTS
+from fer.data.workers import WorkerDied
 from fer.errors import UserError
 from fer.loggers import Wandb
 from fer.models.guard import StepGuard
@@ -133,6 +134,10 @@ def status_kept(folder: RunFolder, loggers: list[Wandb]) -> Iterator[Stop]:
                 "interrupted; the same command with hydra.run.dir=%s, or resume=%s, goes on", folder.path, folder.path
             )
             raise Stopped from None
+        except WorkerDied as death:
+            said = f"{death}; the same command with hydra.run.dir={folder.path}, or resume={folder.path}, goes on"
+            _note(folder, "failed", error=said)
+            raise UserError(said) from None
         except BaseException as error:
             _note(folder, "failed", error="".join(traceback.format_exception_only(error)).strip())
             raise

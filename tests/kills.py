@@ -2,6 +2,7 @@
 
     python tests/kills.py forked 200 kills.json 0      children of a process that has imported everything; a seed
     python tests/kills.py command 20 kills.json 0      `python -m fer.train` itself
+    python tests/kills.py workers 40 kills.json 0      data workers of such children
     python tests/kills.py syscalls 0 kills.json 0      strace lets each system call of a saving fail, or kills there
 
 A child is killed at a random time, or where it enters a random phase for the n-th time, and a little later. It says
@@ -14,10 +15,12 @@ import json
 import mmap
 import os
 import random
+import re
 import resource
 import select
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,6 +38,7 @@ from omegaconf import OmegaConf
 import fer.data.store
 import fer.runs
 from fer.checkpoints import CheckpointFiles, load_checkpoint, resume_point
+from fer.config import guarded
 from fer.experiment import run_experiment
 from fer.models.base import ExpressionModule
 from fer.runs import RunFolder
@@ -124,14 +128,16 @@ def logged(folder: Path) -> list[int]:
     return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
-def train(folder: Path, cache: Path, resumed: bool) -> None:
-    """One session of the training, in this process."""
+def train(folder: Path, cache: Path, resumed: bool, workers: int | None = None) -> None:
+    """One session of the training, in this process; with images read by so many workers, if that is given."""
     torch.set_num_threads(1)
     if resumed and (folder / "config.yaml").exists() and RunFolder(folder).status():
         config = OmegaConf.load(folder / "config.yaml")
     else:
         config, resumed = CONFIG.copy(), False
         config.data.cache = str(cache)
+        if workers is not None:
+            config.data.resident, config.data.num_workers = "no", workers
     with mock.patch("fer.callbacks.confusion_figure"):  # half a second each, and nothing goes on from a picture
         run_experiment(config, folder, command="python -m fer.train", resumed=resumed)
 
@@ -261,6 +267,84 @@ def kill_trainings(kills: int, seed: int, place: Path) -> dict[str, Any]:
     return summary(phases, lost, trainings, reference) | {"previous_taken": fell_back}
 
 
+WORKER_DIED = re.compile(
+    r"error: data worker \d+ was killed by SIGKILL, .* memory .*: lower data\.num_workers; .* goes on"
+)
+SOON = 10.0  # seconds within which a run whose worker has died ends
+
+
+def kill_workers(kills: int, seed: int, place: Path) -> dict[str, Any]:
+    """Kill one or all data workers of a training at random instants; it must end soon, say so, and go on."""
+    draw, watch = random.Random(seed), Watch()
+    prepare(place)
+    assert forked(lambda: train(place / "read", place / "store", resumed=False, workers=0)) == 0
+    reference, said = weights(place / "read"), place / "said"
+    os.environ["KILLS_LOG"] = str(said)
+    phases: Counter[str] = Counter()
+    lost: list[int] = []
+    seconds: list[float] = []
+    trainings = unneeded = 0
+
+    def strike(pid: int, end: int) -> None:
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        if wanted is None:
+            while not (found := children.read_text().split()):
+                time.sleep(0.001)
+        else:
+            os.read(end, 1)
+            time.sleep(delay)
+            found = children.read_text().split()
+        for worker in found if draw.random() < 0.3 else draw.sample(found, min(len(found), 1)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(worker), signal.SIGKILL)
+        began = time.monotonic()
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+            assert time.monotonic() - began < 6 * SOON, (
+                f"a run whose worker has died hangs: {wanted}, {said.read_text()}"
+            )
+            time.sleep(0.01)
+        seconds.append(time.monotonic() - began)
+
+    with watch.installed():
+        while sum(phases.values()) < kills:
+            folder, died = place / f"run{trainings}", 0
+            while True:
+                before, step = len(logged(folder)), saved_step(folder)
+                phase, most = draw.choice((("start", 0), ("step", 6), ("validation", 3), ("checkpoint", 4)))
+                wanted, delay = (phase, draw.randint(1, most)) if most else None, draw.choice((0.0, draw.random() / 50))
+                workers, resumed = draw.choice((1, 2)), bool(died % 2)
+                work = lambda: guarded(lambda: train(folder, place / "store", resumed, workers))  # noqa: B023, E731
+                ending = died == KILLS_PER_TRAINING or sum(phases.values()) == kills
+                said.unlink(missing_ok=True)
+                watch.visits.clear()
+                pipe = os.pipe()
+                watch.place[0], watch.wanted, watch.pipe = 0, None if ending else wanted, pipe[1]
+                code = os.waitstatus_to_exitcode(forked(work, (lambda *_: None) if ending else strike, pipe))
+                os.close(pipe[0])
+                made = logged(folder)[before:]
+                assert made == list(range(step + 1, step + 1 + len(made))), (step, made)
+                unneeded += code == 0 and not ending
+                if code == 0:
+                    break
+                errors = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
+                assert code == 2, (code, said.read_text())
+                assert len(errors) == 1, errors
+                assert WORKER_DIED.fullmatch(errors[0]), errors
+                assert str(folder) in errors[0]
+                status = json.loads((folder / "status.json").read_text())
+                assert (status["status"], f"error: {status['error']}") == ("failed", errors[0])
+                phases[phase] += 1
+                died += 1
+                lost.append((made[-1] if made else step) - saved_step(folder))
+            assert weights(folder) == reference, f"{folder} differs"
+            trainings += 1
+            shutil.rmtree(folder)
+    del os.environ["KILLS_LOG"]
+    assert max(seconds) < SOON, seconds
+    times = {"unneeded": unneeded, "seconds": [round(statistics.median(seconds), 2), round(max(seconds), 2)]}
+    return summary(phases, lost, trainings, reference) | times
+
+
 def kill_commands(kills: int, seed: int, place: Path) -> dict[str, Any]:
     """The same with `python -m fer.train`, killed after a random number of steps."""
     draw = random.Random(seed)
@@ -370,7 +454,9 @@ def main() -> None:
     way, kills, output, seed = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     with tempfile.TemporaryDirectory() as place:
         os.environ["FER_CACHE"] = str(Path(place) / "store")
-        work = {"forked": kill_trainings, "command": kill_commands, "syscalls": inject_faults}[way]
+        work = {"forked": kill_trainings, "command": kill_commands, "workers": kill_workers, "syscalls": inject_faults}[
+            way
+        ]
         found = work(kills, seed, Path(place))
     record = json.loads(output.read_text()) if output.exists() else {}
     record.setdefault(way, []).append({"seed": seed, **found})  # a part of the whole, which may come in several

@@ -3,15 +3,19 @@
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,11 @@ from kills import STEPS, WORDS, Watch, checkpoint, forked, logged, save, saved_s
 import fer.runs
 from fer.checkpoints import COMMENT, load_best, load_checkpoint, resume_point
 from fer.config import check_run_folder, compose_like_hydra, guarded
+from fer.data import workers
 from fer.data.loaders import EpochSampler, StoreDataset, WorkerLoader
 from fer.data.manifest import Manifest
 from fer.data.store import open_store
+from fer.data.workers import WorkerDied
 from fer.errors import UserError
 from fer.models.base import ExpressionModule
 from fer.runs import RunFolder, remove_leftovers
@@ -387,20 +393,120 @@ def test_the_commands_exit_code_after_a_signal(place: Path) -> None:
 # -- processes that die ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # not dependable yet: a batch of a dead process may end in EOFError, or torch tells of it later
-def test_a_dead_data_worker_is_a_sentence() -> None:
-    images, label = np.zeros((40, 8, 8, 1), np.uint8), np.zeros(40, np.int64)
+class Reading(StoreDataset):
+    """Forty images, ten batches; from the fourth on something happens first, in the worker."""
+
+    def __init__(self, then: Callable[[], Any]) -> None:
+        super().__init__(np.zeros((40, 8, 8, 1), np.uint8), {"label": np.zeros(40, np.int64)}, None)
+        self.then = then
+
+    def __getitems__(self, place: tuple[int, Any]) -> dict[str, torch.Tensor]:
+        if place[1][0] >= 12:
+            self.then()
+        return super().__getitems__(place)
+
+
+def reading(then: Callable[[], Any] = lambda: None) -> WorkerLoader:
     sampler = EpochSampler(lambda epoch: np.arange(40), 4, drop_last=True)
-    dataset = StoreDataset(images, {"label": label}, None)
-    loader = WorkerLoader(sampler, dataset, 1, torch.device("cpu"), lambda batch, epoch: batch, remember_position=True)
+    cpu = torch.device("cpu")
+    return WorkerLoader(sampler, Reading(then), 2, cpu, lambda batch, epoch: batch, remember_position=True)
+
+
+def crew(loader: WorkerLoader) -> list[Any]:
+    return list(loader.loader._iterator._workers)  # type: ignore[union-attr]
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """No worker is left by a test."""
+    assert not multiprocessing.active_children()
+    yield
+    workers.dismiss()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("when", ["at its start", "between", "awaited", "holding a lock", "half-way", "in validation"])
+def test_a_dead_data_worker_is_a_sentence(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it was about: nothing waits for it, and the others end too."""
+    loader = reading({"awaited": lambda: time.sleep(60), "half-way": lambda: half.append(1)}.get(when, lambda: None))
+    half: list[int] = []
+    if when == "at its start":
+        monkeypatch.setattr(workers, "init_worker", lambda number: kill_itself() if number else None)
+    if when == "half-way":  # the pipe stays open, since the other worker has it too, and never has the rest
+        whole = Connection._send
+
+        def torn(self: Any, content: Any, *_: Any) -> None:
+            if half and len(content) > 100:
+                os.write(self.fileno(), content[: len(content) // 2])
+                kill_itself()
+            whole(self, content)
+
+        monkeypatch.setattr(Connection, "_send", torn)
     batches = iter(loader)
-    next(batches)
-    loader.loader._iterator._workers[0].kill()  # type: ignore[union-attr]
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"a data worker has died .*data\.num_workers"):
+    if when not in ("at its start", "half-way"):
+        next(batches)
+        victim = crew(loader)[1]
+        if when == "awaited":
+            threading.Timer(0.3, victim.kill).start()
+        elif when == "holding a lock":  # for which PyTorch's own end of the other workers waits for ever
+            loader.loader._iterator._workers_done_event._cond.acquire()  # type: ignore[union-attr]
+            victim.kill()
+        elif when == "in validation":
+            (other := iter(reading())).__next__()
+            victim.kill()
+            batches = other
+        else:
+            victim.kill()
+    with pytest.raises(WorkerDied) as found:
         for _ in batches:
             pass
     assert time.monotonic() - started < 20
+    memory = "as the system does when memory runs out: lower data.num_workers"
+    assert re.fullmatch(rf"data worker \d+ was killed by SIGKILL, {memory}", str(found.value))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.usefixtures("alone")
+def test_workers_that_give_nothing_are_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "HUNG_SECONDS", 0.6)
+    with pytest.raises(WorkerDied, match=r"have given nothing for 0\.01 minutes.*data\.num_workers=0"):
+        list(reading(lambda: time.sleep(60)))
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_error_of_a_living_worker_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "NOTICE_SECONDS", 0.1)
+
+    def fail() -> None:
+        raise ConnectionResetError("by the file server")
+
+    with pytest.raises(ConnectionResetError, match="by the file server"):
+        list(reading(fail))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_signal_to_all_processes_of_a_job_ends_no_worker() -> None:
+    """Ctrl-C in a terminal, SLURM's notice: the run still needs batches until it has saved."""
+    loader = reading(lambda: time.sleep(0.1))
+    batches = iter(loader)
+    next(batches)
+    for worker in crew(loader):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
+    assert len(list(batches)) == 9
+
+
+def test_a_run_whose_data_workers_are_killed_says_so_and_goes_on(place: Path) -> None:
+    """The short form, as above; in training, validation, while saving, at the start."""
+    found = kills.kill_workers(4, 0, place)
+    assert found["kills"] == 4
+    assert found["identical"] == found["trainings"] > 0
 
 
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=300"]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from fer.data import workers
 from fer.data.manifest import Array
-from fer.errors import UserError
 
 Order = Callable[[int], Array]  # epoch -> rows of the manifest, in the order in which they are seen
 
@@ -169,7 +169,8 @@ class _Places:
             yield epoch, np.ascontiguousarray(rows)
 
 
-def _init_worker(_: int) -> None:
+def _init_worker(number: int) -> None:
+    workers.init_worker(number)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
@@ -206,23 +207,12 @@ class WorkerLoader(_Loader):
             pin_memory=device.type == "cuda",
             worker_init_fn=_init_worker,
             collate_fn=_as_it_is,
+            timeout=workers.HUNG_SECONDS if num_workers else 0,
         )
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         # A training loader moves its position while workers read ahead; the sampler's iterator has started by then,
         # so the position counts batches handed out, never batches read.
         epoch = self.sampler.epoch
-        batches = iter(self.loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise UserError(
-                    f"a data worker has died ({' '.join(str(error).split())}): mostly memory or /dev/shm ran out; "
-                    "lower data.num_workers, and the same command goes on"
-                ) from None
+        for batch in workers.batches(self.loader):
             yield self.finish({key: values.to(self.device, non_blocking=True) for key, values in batch.items()}, epoch)

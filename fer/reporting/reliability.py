@@ -13,7 +13,7 @@ def section(way: str) -> str:
     """One way of killing or failing: what was done how often, and what it cost.
 
     Args:
-        way: ``forked``, ``command`` or ``syscalls``.
+        way: ``forked``, ``command``, ``workers`` or ``syscalls``.
     """
     record = read_json(RECORD) if RECORD.is_file() else {}
     parts = record.get(way, [])
@@ -43,6 +43,12 @@ def _kills(parts: list[dict[str, Any]]) -> str:
         ),
         ("cost", f"{sum(part['core_minutes'] for part in parts):.1f} core-minutes"),
     ]
+    if "unneeded" in parts[0]:
+        middle, longest = parts[0]["seconds"][0], max(part["seconds"][1] for part in parts)
+        said = "each with exit code 2 and the worker's sentence, none hung; "
+        said += f"{middle:.1f} s after the kill in the median, {longest:.1f} s at most"
+        rows.insert(2, ("the run ended", said))
+        rows.insert(3, ("the worker was not needed any more", str(sum(part["unneeded"] for part in parts))))
     if "previous_taken" in parts[0]:
         taken = sum(part["previous_taken"] for part in parts)
         rows.insert(3, ("the checkpoint before the last one was taken", str(taken)))
