@@ -62,13 +62,14 @@ def stamps_of(data: ExpressionDataModule, module: ExpressionModule) -> list[str]
 
 
 def save_confusion(
-    folder: RunFolder, part: str, counts: Array, class_names: list[str], title: str, stamps: list[str]
+    folder: RunFolder, part: str, counts: Array, class_names: list[str], title: str | None, stamps: list[str]
 ) -> None:
-    """Write ``confusion_<part>.json`` and ``.png``."""
+    """Write ``confusion_<part>.json``, and ``.png`` unless its title is None."""
     record = {"part": part, "class_names": class_names, "counts": counts.tolist(), "rows": "labels", "stamps": stamps}
     write_json(folder.path / f"confusion_{part}.json", record)
-    figure = confusion_figure(counts, class_names, title, stamps)
-    figure.savefig(folder.path / f"confusion_{part}.png", dpi=120)
+    if title is not None:
+        figure = confusion_figure(counts, class_names, title, stamps)
+        figure.savefig(folder.path / f"confusion_{part}.png", dpi=120)
 
 
 def save_predictions(
@@ -257,15 +258,25 @@ class Curves(Checkpoint):
 
 
 class Recorder(Curves):
-    """`Curves` of an `ExpressionModule`, and the confusion matrix of its best validation epoch."""
+    """`Curves` of an `ExpressionModule`, and the confusion matrix of its best validation epoch.
+
+    Its counts are written with that epoch, its picture once, before the test: drawing takes longer than many an epoch.
+    """
 
     def on_best(self, trainer: lightning.Trainer, module: Any, metrics: dict[str, float]) -> None:
-        """The confusion matrix."""
+        """The confusion matrix's counts."""
+        assert isinstance(module, ExpressionModule)
+        stamps = stamps_of(_data_of(trainer), module)
+        save_confusion(self.folder, "val", module.tally("val").confusion_matrix(), module.class_names, None, stamps)
+
+    def on_test_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """The confusion matrix's picture."""
         data = _data_of(trainer)
         assert isinstance(module, ExpressionModule)
         part = "validation" if data.split.selected_on == "val" else "test part, where the epoch is chosen"
-        title = f"{part}, epoch {self.best_epoch + 1}: mean class accuracy {100 * metrics['val/mean_acc']:.2f} %"
-        counts = module.tally("val").confusion_matrix()
+        score = next(row["val/mean_acc"] for row in self.history if row["epoch"] == self.best_epoch)
+        title = f"{part}, epoch {self.best_epoch + 1}: mean class accuracy {100 * score:.2f} %"
+        counts = np.array(read_json(self.folder.path / "confusion_val.json")["counts"])
         save_confusion(self.folder, "val", counts, module.class_names, title, stamps_of(data, module))
 
 
