@@ -75,7 +75,7 @@ def _problems(plain: dict[str, Any]) -> list[str]:
     ]
     if plain["device"] not in (None, "cpu", "cuda"):
         problems.append(f"device={plain['device']} is not one of cpu, cuda")
-    counts = {"timing_repeats": 0, "subgroup_values": 1, "seed": 0}
+    counts = {"timing_repeats": 0, "orders": 0, "subgroup_values": 1, "seed": 0}
     if plain["robustness_images"] is not None:
         counts["robustness_images"] = 1
     problems += count_problems(plain, counts)

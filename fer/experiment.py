@@ -22,7 +22,7 @@ from fer.data.base import ExpressionDataModule
 from fer.detections import Detections, RegionPicture
 from fer.errors import UserError
 from fer.loggers import Wandb
-from fer.machine import machine
+from fer.machine import accelerators, machine
 from fer.models.averaging import WeightAverage
 from fer.models.base import ExpressionModule
 from fer.models.detection import FaceDetector
@@ -215,7 +215,7 @@ def _train_and_test(
         "cpu_seconds": recorder.cpu,
         "device": str(trainer.strategy.root_device),
         "devices": trainer.world_size,
-        "machine": machine() | {"accelerators": _accelerators(trainer)},
+        "machine": machine() | {"accelerators": accelerators(trainer.strategy.root_device, trainer.world_size)},
         "precision": str(trainer.precision),
         "threads": threads,
         "resident": data.is_resident(),
@@ -229,12 +229,6 @@ def _train_and_test(
     folder.set_status("done")
     print_summary(results, folder)
     return recorder.best if math.isfinite(recorder.best) else float("nan")
-
-
-def _accelerators(trainer: Trainer) -> list[str]:
-    """Names of the GPUs a run is computed on, none on a CPU."""
-    device = trainer.strategy.root_device
-    return [torch.cuda.get_device_name(device)] * trainer.world_size if device.type == "cuda" else []
 
 
 # -- what people read ---------------------------------------------------------------------------------------------

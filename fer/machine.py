@@ -15,3 +15,10 @@ def machine() -> dict[str, Any]:
         cpu = names[0] if names else cpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": cpu, "cores": cores, "system": platform.system()}
+
+
+def accelerators(device: Any, count: int = 1) -> list[str]:
+    """Names of the GPUs behind a torch device, as many as there are of it; none for a CPU."""
+    import torch
+
+    return [torch.cuda.get_device_name(device)] * count if device.type == "cuda" else []

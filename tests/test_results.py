@@ -18,7 +18,8 @@ from fer.config import CONF
 from fer.errors import UserError
 from fer.reporting import measured
 from fer.reporting.manual import filled
-from fer.reporting.results import RECORDS, Result, load_results, record, save_results, setting_of
+from fer.reporting.results import RECORDS, Result, load_results, record, save_results
+from fer.reporting.settings import setting_of
 from fer.reporting.tables import DASH, MINUS
 
 COMMAND = "python -m fer.train hydra.mode=RUN experiment=fer2013_cpu protocol.drop_leaks={} seed={} sweep=fer_cpu"
@@ -117,6 +118,7 @@ def test_later_runs_join_earlier_ones(runs: Path, tmp_path: Path) -> None:
     [
         ("-m experiment=fer2013_cpu seed=1 trainer.max_epochs=10", "experiment=fer2013_cpu"),
         ("trainer.max_epochs=6 data.root=/x experiment=fer2013_cpu", "experiment=fer2013_cpu trainer.max_epochs=6"),
+        ("start_from=/home/me/run model.pretrained=/x model=vit", "model=vit model.pretrained=... start_from=..."),
         ("sweep=cv5 protocol.fold=3 model=vit 'model.mean=[0,0,0]'", "model=vit sweep=cv5 'model.mean=[0,0,0]'"),
     ],
 )

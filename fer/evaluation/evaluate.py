@@ -19,11 +19,13 @@ from fer.errors import UserError
 from fer.evaluation import calibration as scaling
 from fer.evaluation.answers import BINS, Answers, mean_answers
 from fer.evaluation.coverage import coverage_record, selective_accuracy
+from fer.evaluation.orders import orders_record
 from fer.evaluation.page import page, print_summary
 from fer.evaluation.robustness import robustness_record
 from fer.evaluation.subgroups import subgroup_record
 from fer.evaluation.subject import Subject, open_subject
 from fer.evaluation.timing import time_per_image
+from fer.machine import accelerators, machine
 from fer.metrics import calibration_bins
 from fer.reporting.evaluations import calibration_picture, coverage_picture, robustness_picture
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json, write_text
@@ -72,6 +74,9 @@ def evaluate(config: DictConfig, paths: Sequence[Path], command: str) -> dict[st
                 for reader, data in zip(subject.readers, subject.datas, strict=True)
                 if config.timing_repeats
             ],
+            "orders": orders_record(subject.read, subject.datas, subject.views[0], config.orders, config.seed)
+            if config.orders
+            else None,
             "robustness": robustness_record(
                 subject.read, subject.datas, corruptions, config.seed, config.robustness_tta, config.robustness_images
             )
@@ -225,6 +230,7 @@ def _results(subject: Subject, answers: Answers, parts: dict[str, Any], protocol
         "detection_seconds_per_image": None,
         "device": str(subject.first.device),
         "devices": 1,
+        "machine": machine() | {"accelerators": accelerators(subject.first.device)},
         "precision": first["precision"],
         "threads": first["threads"],
         "resident": data.is_resident(),

@@ -41,6 +41,8 @@ def page(results: dict[str, Any]) -> str:
     lines += ["## Accuracy by coverage", "", *_coverage(found["coverage"]), "![coverage](coverage.png)", ""]
     if found["robustness"] is not None:
         lines += ["## Robustness", "", *_robustness(found["robustness"]), "![robustness](robustness.png)", ""]
+    if found["orders"] is not None:
+        lines += ["## Order of the images", "", *_orders(found["orders"])]
     if found["subgroups"]["groups"]:
         lines += ["## Subgroups", "", *_subgroups(found["subgroups"])]
     if found["seconds_per_image"]:
@@ -120,6 +122,17 @@ def _robustness(one: dict[str, Any]) -> list[str]:
     )
     columns = ["corruption", *(f"severity {severity}" for severity in one["severities"]), "mean loss"]
     return [said, "", *_rows(columns, rows)]
+
+
+def _orders(one: dict[str, Any]) -> list[str]:
+    rows = [("sorted by class", *(f"{100 * one['by_class'][key]:.2f}" for key in ("acc", "mean_acc")))]
+    rows += [("drawn", *(f"{100 * drawn[key]:.2f}" for key in ("acc", "mean_acc"))) for drawn in one["drawn"]]
+    said = (
+        f"The same weights and images, batches of {one['batch']}. {one['changed']:,} of {one['n']:,} images are not "
+        f"answered alike in all orders; sorted minus drawn: {100 * one['difference']:+.2f} points of accuracy "
+        f"({100 * one['low']:+.2f} to {100 * one['high']:+.2f}, bootstrap over images)."
+    )
+    return [said, "", *_rows(["order", "accuracy, %", "mean class accuracy, %"], rows)]
 
 
 def _subgroups(one: dict[str, Any]) -> list[str]:

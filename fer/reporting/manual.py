@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from fer.config import CONF
-from fer.reporting import endurance, measured, reliability
+from fer.reporting import endurance, leaks, measured, reliability
 from fer.reporting.claims import Claim, load_claims
 from fer.reporting.results import TRAIN, Result, load_results
 from fer.reporting.speed import section
@@ -258,6 +258,7 @@ WRITERS: dict[str, Callable[[str], str]] = {
     "paper": paper,
     "measured": measured.section,
     "differences": measured.differences_section,
+    "leaks": leaks.section,
     "speed": section,
     "reliability": reliability.section,
     "endurance": endurance.section,

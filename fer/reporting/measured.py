@@ -64,8 +64,10 @@ def differences(results: Sequence[Result], title: str) -> Table:
     """What one word of a command, or more views at test, are worth: paired by seed, each against the same without."""
     lines = []
     for row in results:
-        plain, *more = row.views
-        lines += [_difference(f"{row.setting}: {views} instead of {plain}", row, views, row, plain) for views in more]
+        lines += [
+            _difference(f"{row.setting}: {views} instead of {row.views[0]}", row, views, row, row.views[0])
+            for views in row.views[1:]
+        ]
     for a, b in combinations(results, 2):
         less, full = sorted((a, b), key=lambda row: len(row.setting.split()))
         extra = set(full.setting.split()) - set(less.setting.split())
@@ -97,12 +99,12 @@ def _difference(what: str, a: Result, views_a: str, b: Result, views_b: str) -> 
 
 def section(name: str, folder: Path = RECORDS) -> str:
     """The rows of ``<data>`` or ``<data>/<model>`` as Markdown."""
-    return _page(table(_chosen(name, folder), ""))
+    return _body(table(_chosen(name, folder), ""))
 
 
 def differences_section(name: str, folder: Path = RECORDS) -> str:
     """`differences` of ``<data>`` or ``<data>/<model>`` as Markdown."""
-    return _page(differences(_chosen(name, folder), ""))
+    return _body(differences(_chosen(name, folder), ""))
 
 
 def _chosen(name: str, folder: Path) -> list[Result]:
@@ -110,5 +112,5 @@ def _chosen(name: str, folder: Path) -> list[Result]:
     return [row for row in load_results(folder) if row.data == data and model in ("", row.model)]
 
 
-def _page(one: Table) -> str:
-    return one.markdown().partition("\n\n")[2].strip() if one.rows else "Not measured yet."
+def _body(one: Table) -> str:
+    return one.body() if one.rows else "Not measured yet."

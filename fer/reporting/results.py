@@ -7,9 +7,7 @@ repeats of earlier calls stay; a training takes the place of an older one with i
 values behind the setting have changed, of all older ones. Then the pages are written anew; without RUNS only that.
 """
 
-import functools
 import hashlib
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,21 +16,16 @@ from typing import Any
 
 import numpy as np
 import yaml
-from omegaconf import OmegaConf
 
-from fer.config import CONF, compose_like_hydra
+from fer.config import CONF
 from fer.errors import UserError
 from fer.metrics import Array, scores
 from fer.reporting.collect import LOADER, find_runs, settings_of
+from fer.reporting.settings import setting_of
 from fer.runs import RunFolder, read_json, write_json
 
 RECORDS = CONF.parent / "docs" / "results" / "measured"
 TRAIN = "python -m fer.train"
-# Words of a command that say which repetition it is, or where it ran, but not what was measured.
-REPETITION = (
-    *("seed=", "protocol.fold=", "logger=", "hydra.", "hydra/", "data.root=", "data.cache=", "fresh=", "report="),
-    *("trainer.threads=", "trainer.enable_progress_bar=", "trainer.checkpoint_", "data.num_workers="),
-)
 AGAIN = "evaluated again"  # begins the stamp of an evaluation on a network's own test part, which says no more here
 VIEWS = ("none", "flip", "five_crop", "ten_crop")
 
@@ -134,11 +127,11 @@ def _load(path: Path) -> list[Result]:
 
 
 def _result(entry: Any, where: str) -> Result:
-    _check(Result, entry, where)
+    check_fields(Result, entry, where)
     repeats = []
     for place, one in enumerate(entry["repeats"], 1):
         inside = f"{where}, repeat {place}"
-        _check(Repeat, one, inside)
+        check_fields(Repeat, one, inside)
         repeats.append(Repeat(**one))
         for views in repeats[-1].tests:
             counted = int(repeats[-1].confusion(views).sum())
@@ -149,7 +142,14 @@ def _result(entry: Any, where: str) -> Result:
     return Result(**{**entry, "repeats": repeats})
 
 
-def _check(kind: type, entry: Any, where: str) -> None:
+def check_fields(kind: type, entry: Any, where: str) -> None:
+    """Refuse an entry that has not all fields of a dataclass and no other, by a UserError.
+
+    Args:
+        kind: the dataclass.
+        entry: of a JSON file.
+        where: words for the message.
+    """
     known = [field.name for field in fields(kind)]
     if not isinstance(entry, dict) or (lacking := [name for name in known if name not in entry]):
         lacks = lacking[0] if isinstance(entry, dict) else "everything"
@@ -208,7 +208,7 @@ def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
         fold=results["fold"],
         job_key=results["job_key"],
         commit=str(results["git_commit"]),
-        hardware=_hardware(results),
+        hardware=hardware_of(results),
         core_minutes=round(results["cpu_seconds"] / 60, 1),
         epochs=results["epochs"],
         val_acc=val["acc"],
@@ -234,42 +234,13 @@ def _rows_of(results: dict[str, Any]) -> list[str]:
     return [" ".join(map(str, row)) for row in results["confusion"]["test"]]
 
 
-def _hardware(results: dict[str, Any]) -> str:
+def hardware_of(results: dict[str, Any]) -> str:
+    """What a run was computed on, in words."""
     where = results["machine"]
     if where["accelerators"]:
         return ", ".join(where["accelerators"])
     threads = results["threads"]
     return f"{where['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def setting_of(command: str) -> str:
-    """A command's words without those that say which repetition it is, and those that change nothing.
-
-    A word changes nothing whose value its groups (``experiment=...``) give already; of ``sweep=...`` that is so where
-    its file holds axes alone, whose values the command has too.
-    """
-    typed = [word for word in shlex.split(command) if "=" in word and not word.startswith(REPETITION)]
-    groups = [word for word in typed if (CONF / word.partition("=")[0]).is_dir() and not _axes_alone(word)]
-    groups.sort(key=lambda word: (not word.startswith("experiment="), word))
-    plain = _composed(tuple(groups))
-    values = sorted(word for word in typed if not (CONF / word.partition("=")[0]).is_dir())
-    return shlex.join([*groups, *(word for word in values if not _said(plain, word))])
-
-
-@functools.cache
-def _composed(groups: tuple[str, ...]) -> Any:
-    return compose_like_hydra("train", list(groups))
-
-
-def _axes_alone(word: str) -> bool:
-    group, _, name = word.partition("=")
-    return group == "sweep" and set(yaml.safe_load((CONF / group / f"{name}.yaml").read_text())) <= {"hydra", "report"}
-
-
-def _said(plain: Any, word: str) -> bool:
-    key = word.partition("=")[0].lstrip("+")
-    given = OmegaConf.select(OmegaConf.from_dotlist([word.lstrip("+")]), key)
-    return bool(OmegaConf.select(plain, key) == given)
 
 
 def _merged(old: Result, new: Result) -> Result:

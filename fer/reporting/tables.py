@@ -67,7 +67,11 @@ class Table:
         return [rows for rows in divided if rows]
 
     def markdown(self) -> str:
-        """As GitHub writes tables; stamps follow the first cell in bold."""
+        """`body` below its title."""
+        return f"#### {markdown(self.title)}\n\n{self.body()}\n"
+
+    def body(self) -> str:
+        """As GitHub writes tables, the note below; stamps follow the first cell in bold."""
         align = ["---" if place < self.left else "---:" for place in range(len(self.columns))]
         lines = [[markdown(name) for name in self.columns], align]
         for row in self.rows:
@@ -75,7 +79,7 @@ class Table:
             lines.append([first + "".join(f" **{markdown(stamp)}**" for stamp in row.stamps), *rest])
         body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
         note = f"\n\n{markdown(self.note)}" if self.note else ""
-        return f"#### {markdown(self.title)}\n\n{body}{note}\n"
+        return f"{body}{note}"
 
     def latex(self) -> str:
         """A booktabs table; rows set apart stand below a rule, stamps follow the first cell in italics."""
