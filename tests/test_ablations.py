@@ -1,0 +1,56 @@
+"""The papers' ablations: every job of both commands of each sweep composes, fits its classes and, small, is built."""
+
+import shlex
+
+import pytest
+import torch
+from conftest import composed
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from fer.config import CONF, argument_problems, compose_like_hydra
+from fer.models.base import ExpressionModule
+from fer.sweep import plan
+
+JOBS = {  # of the full form and of the small one
+    "cbam_placement": (5, 5),
+    "convcut_blocks": (4, 4),
+    "convcut_truncation": (7, 4),
+    "multiscale_region_gamma": (3, 3),
+    "multiscale_region_scales": (5, 5),
+    "resattn_vit_blocks": (8, 8),
+    "two_stream_start": (4, 2),
+}
+FORMS = [(sweep, form) for sweep in JOBS for form in ("full", "small")]
+
+
+def jobs_of(sweep: str, form: str) -> list[list[str]]:
+    """Overrides of the jobs of a command at the head of the sweep's file."""
+    head = (CONF / "sweep" / f"{sweep}.yaml").read_text().splitlines()
+    full, small = (line.removeprefix("#").strip() for line in head if "python -m fer.train" in line)
+    words = shlex.split(small if form == "small" else full)[3:]
+    return list((plan(compose_like_hydra("train", words), words).jobs or {}).values())
+
+
+def test_every_ablation_is_on_the_page() -> None:
+    page = (CONF.parent / "docs" / "papers.md").read_text()
+    assert [sweep for sweep in JOBS if page.count(f"sweep={sweep}") < 2] == []
+
+
+@pytest.mark.parametrize(("sweep", "form"), FORMS)
+def test_every_job_is_another_network_or_loss_that_can_be_built(sweep: str, form: str) -> None:
+    jobs = jobs_of(sweep, form)
+    assert len(jobs) == JOBS[sweep][form == "small"]
+    found = set()
+    for words in jobs:
+        config = composed(*(word for word in words if not word.startswith("data.root=")))
+        plain = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(plain, dict)
+        assert argument_problems({key: plain[key] for key in ("data", "model")}) == []
+        found.add(str(plain["model"]))
+        if form == "small":
+            with torch.device("meta"):
+                names = plain["model"]["class_names"] or [f"class {k}" for k in range(7)]
+                module = instantiate(OmegaConf.create({**plain["model"], "class_names": names}))
+            assert isinstance(module, ExpressionModule)
+    assert len(found) == len(jobs)
