@@ -3,6 +3,7 @@
 python -m fer.export run=outputs/.../<run>                                          model.onnx, checked against PyTorch
 python -m fer.export run=outputs/.../<run> int8=true                                and in 8 bits, with what that costs
 python -m fer.export run=outputs/.../<run> format=safetensors license=cc-by-nc-4.0  for the Hugging Face Hub
+python -m fer.export run=outputs zoo=zoo format=safetensors license=cc-by-nc-4.0    the best of each network
 """
 
 import sys
@@ -19,7 +20,7 @@ CONFIG = "export"
 
 
 def run(config: DictConfig) -> None:
-    """Export one run.
+    """Export one run, or the best ones under a folder.
 
     Raises:
         UserError: anything the user can mend.
@@ -31,16 +32,11 @@ def run(config: DictConfig) -> None:
 
     try:
         from fer.exporting.files import Options, export_onnx, export_safetensors
+        from fer.exporting.zoo import best_runs, write_index
     except ImportError as error:
         raise UserError(f"exports need more packages ({error}): pip install 'fer-bench[export]'") from None
     from fer.trained import open_run
 
-    trained = open_run(Path(plain["run"]))
-    output = Path(plain["output"] or trained.folder.path / "export" / plain["format"])
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={output} cannot be made ({error.strerror}): choose another folder") from None
     options = Options(
         answers=plain["answers"],
         int8=plain["int8"],
@@ -52,14 +48,30 @@ def run(config: DictConfig) -> None:
         root=plain["root"],
     )
     write = export_onnx if plain["format"] == "onnx" else export_safetensors
-    for path in write(trained, output, options):
-        print(path)
+    best = {} if plain["zoo"] is None else best_runs(Path(plain["run"]))
+    chosen = {Path(plain["zoo"]) / name / plain["format"]: path for name, path in best.items()}
+    if plain["zoo"] is None:
+        chosen[Path(plain["output"] or Path(plain["run"]) / "export" / plain["format"])] = Path(plain["run"])
+    for output, path in chosen.items():
+        trained = open_run(path)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output={output} cannot be made ({error.strerror}): choose another folder") from None
+        for written in write(trained, output, options):
+            print(written)
+    if best:
+        print(write_index(Path(plain["zoo"]), best))
 
 
 def _problems(plain: dict[str, Any]) -> list[str]:
     problems = []
     if not isinstance(plain["run"], str) or plain["run"] in ("", "???"):
         problems.append("run is missing: set run=outputs/.../<run>, a run folder written by python -m fer.train")
+    if plain["zoo"] is not None and (not isinstance(plain["zoo"], str) or not plain["zoo"]):
+        problems.append(f"zoo={plain['zoo']}: expected a folder to write to")
+    if plain["zoo"] is not None and plain["output"] is not None:
+        problems.append("output= is for one run: with zoo= each goes to a folder of its own in there")
     if plain["format"] not in ("onnx", "safetensors"):
         problems.append(f"format={plain['format']} is not one of onnx, safetensors")
     if plain["answers"] not in ("logits", "probabilities"):

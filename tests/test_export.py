@@ -11,17 +11,21 @@ import pandas as pd
 import pytest
 import torch
 from commands import call
+from conftest import composed
+from fake_runs import write_run
 from huggingface_hub import ModelCard
 from model_builds import MODELS, cheap, images, shaken
 from safetensors.torch import load_file
 
 from fer.errors import UserError
 from fer.evaluation.calibration import Calibration, checkpoint_fingerprint
+from fer.export import run as command
 from fer.exporting import files
 from fer.exporting.card import metric_rows
 from fer.exporting.files import Options, export_onnx, export_safetensors, preprocessing_of
 from fer.exporting.graph import answers_of, export_graph, session_of
 from fer.exporting.int8 import cost, interleaved, method_for, quantise
+from fer.exporting.zoo import best_runs
 from fer.hub import ExportedModel
 from fer.metrics import scores
 from fer.reporting.statistics import bootstrap_scores
@@ -375,3 +379,39 @@ def test_mistakes_are_sentences(tmp_path):
     assert "license is missing: the model card must say under which terms" in done.stderr
     assert "int8=true is for format=onnx" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# -- the zoo ------------------------------------------------------------------------------------------------------
+
+
+def candidate(folder, score, **more):
+    """A finished run whose validation part says so much."""
+    results = {"monitor": "mean_acc", "metrics": {"val": {"mean_acc": score}}, "name": "fer2013-vit"}
+    write_run(folder, more=results | more)
+
+
+def test_the_zoo_has_the_best_honest_run_of_each_name(tmp_path):
+    candidate(tmp_path / "good", 0.6)
+    candidate(tmp_path / "better", 0.7, stamps=["288 leaked copies left out of train"])
+    candidate(tmp_path / "flattered", 0.9, selected_on="test")
+    candidate(tmp_path / "leaky", 0.9, stamps=["LEAKY: predictions depend on the batch"])
+    candidate(tmp_path / "fold", 0.9, fold=1)
+    candidate(tmp_path / "evaluated", 0.9, evaluation={})
+    candidate(tmp_path / "other", 0.1, name="ferplus-vit")
+    write_run(tmp_path / "failed", status="failed", error="no reason")
+    found = {name: path.name for name, path in best_runs(tmp_path).items()}
+    assert found == {"fer2013-vit": "better", "ferplus-vit": "other"}
+    with pytest.raises(UserError, match="holds no finished training on official parts"):
+        best_runs(tmp_path / "leaky")
+
+
+def test_a_zoo_by_one_command(whole, tmp_path):
+    words = [f"run={whole.parent}", f"zoo={tmp_path / 'zoo'}", "format=safetensors", "license=cc0-1.0"]
+    command(composed(*words, command="export"))
+    package = tmp_path / "zoo" / "synthetic-cbam_resnet" / "safetensors"
+    assert ExportedModel.from_pretrained(package).class_names
+    results = json.loads((whole / "results.json").read_text())
+    index = (tmp_path / "zoo" / "README.md").read_text()
+    assert f"| synthetic-cbam\\_resnet | {100 * results['metrics']['test']['acc']:.2f} |" in index
+    with pytest.raises(UserError, match="output= is for one run"):
+        command(composed(*words, "output=here", command="export"))
