@@ -179,8 +179,8 @@ def test_overhead_in_small(tmp_path: Path, cache: Path, monkeypatch: pytest.Monk
     module, data = prepared(config, batches=2)
     beside = twin(module)
     with overhead.ours(config, module, data, tmp_path / "run") as fit:
-        window = by_hand(beside, data, bf16="bf16" in str(module.trainer.precision))
-        times = interleave({"ours": lambda: fit.window(2), "by hand": lambda: window(2)}, 1)
+        window = fit.aside(lambda: by_hand(beside, data, bf16="bf16" in str(module.trainer.precision)))
+        times = interleave({"ours": lambda: fit.window(2), "by hand": lambda: fit.aside(lambda: window(2))}, 1)
         assert [one.steps for one in times["ours"] + times["by hand"]] == [2, 2]
         assert module.trainer.global_step == 5  # one to begin with, two to warm up, two in the window
     torch.set_num_threads(threads)

@@ -41,9 +41,10 @@ def _beside_timm(bench: Bench) -> Iterator[Row]:
         config = composed(*_words(bench, model))
         module, data = prepared(config)
         with ours(config, module, data, bench.folder / model) as fit:
-            loop = timms_step(twin(module), data, "bf16" in str(module.trainer.precision))
-            steps, _ = steps_for(bench.options["window_seconds"], loop)
-            windows = interleave({"ours": partial(fit.window, steps), "timm": partial(loop, steps)}, bench.windows)
+            loop = fit.aside(partial(timms_step, twin(module), data, "bf16" in str(module.trainer.precision)))
+            steps, _ = fit.aside(partial(steps_for, bench.options["window_seconds"], loop))
+            variants = {"ours": partial(fit.window, steps), "timm": partial(fit.aside, partial(loop, steps))}
+            windows = interleave(variants, bench.windows * bench.options["times_windows"])
         yield compare(
             f"`{model}`, our step beside timm's", windows, "ours", "timm", at_most=bench.options["at_most_ratio"]
         )

@@ -37,9 +37,9 @@ def _models(bench: Bench) -> Iterator[Row]:
         config = composed(f"experiment=small/{model}", *_words(bench))
         module, data = prepared(config)
         with ours(config, module, data, bench.folder / model) as fit:
-            loop = by_hand(twin(module), data, bf16="bf16" in str(module.trainer.precision))
-            steps, seconds = steps_for(options["window_seconds"], loop)
-            variants = {"ours": partial(fit.window, steps), "by hand": partial(loop, steps)}
+            loop = fit.aside(partial(by_hand, twin(module), data, bf16="bf16" in str(module.trainer.precision)))
+            steps, seconds = fit.aside(partial(steps_for, options["window_seconds"], loop))
+            variants = {"ours": partial(fit.window, steps), "by hand": partial(fit.aside, partial(loop, steps))}
             windows = interleave(variants, bench.windows * options["times_windows"])
         judged = 1000 * seconds > options["over_ms"]
         yield compare(
@@ -60,7 +60,7 @@ def _tiny(bench: Bench) -> Row:
     with ours(config, module, data, bench.folder / "tiny") as fit, bare:
         steps, _ = steps_for(options["window_seconds"], bare.window)
         variants = {"ours": partial(fit.window, steps), "barebones": partial(bare.window, steps)}
-        windows = interleave(variants, bench.windows * options["times_windows"])
+        windows = interleave(variants, bench.windows * options["times_windows_tiny"])
     return compare("a tiny network", windows, "ours", "barebones", figure="difference", at_most=options["at_most_ms"])
 
 

@@ -98,21 +98,27 @@ class _Windows(Callback):
         self.steps = self.left = 1
         self.asked, self.answered = threading.Semaphore(0), threading.Semaphore(0)
         self.finished = False
+        self.aside: Callable[[], Any] | None = None
         self._clock: Any = contextlib.nullcontext(Times())
-        self.times = Times()
+        self.times: Any = Times()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """End a window when its steps are done, and wait for the next one."""
         self.left -= 1
-        if self.left == 0:
-            self._clock.__exit__(None, None, None)
+        if self.left:
+            return
+        self._clock.__exit__(None, None, None)
+        while True:
             self.answered.release()
             self.asked.acquire()
-            if self.finished:
-                raise _Finished
-            self.left = self.steps
-            self._clock = timed(self.steps)
-            self.times = self._clock.__enter__()
+            if self.aside is None:
+                break
+            self.times = self.aside()
+        if self.finished:
+            raise _Finished
+        self.left = self.steps
+        self._clock = timed(self.steps)
+        self.times = self._clock.__enter__()
 
 
 class Fit:
@@ -149,7 +155,7 @@ class Fit:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._windows.finished = True
+        self._windows.finished, self._windows.aside = True, None
         self._windows.asked.release()
         self._thread.join()
 
@@ -161,6 +167,19 @@ class Fit:
     def window(self, steps: int) -> Times:
         """Run so many steps."""
         self._windows.steps = steps
+        times: Times = self._ask(None)
+        return times
+
+    def aside(self, work: Callable[[], Any]) -> Any:
+        """Run something else between two steps and return what it does.
+
+        It runs in the fit's thread: every thread has a part of the heap to itself and mostly a core, so steps of two
+        threads do not compare to a few per cent.
+        """
+        return self._ask(work)
+
+    def _ask(self, work: Callable[[], Any] | None) -> Any:
+        self._windows.aside = work
         self._windows.asked.release()
         self._wait()
         return self._windows.times
