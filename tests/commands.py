@@ -5,6 +5,7 @@ time. Tests of what a fresh process imports, of launchers, signals and several d
 """
 
 import atexit
+import gc
 import importlib.util
 import json
 import os
@@ -15,8 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-# For those forked from here.
-IMPORTED = ("fer.experiment", "albumentations", "facenet_pytorch", "matplotlib.pyplot", "scipy.stats")
+# For those forked from here. W&B imports the first at a run's start, which takes 0.3 s before torch and 1.7 s after it:
+# there pydantic looks for the source of each class in 5,000 modules (Python < 3.13).
+IMPORTED = (
+    *("wandb.sdk.launch.inputs.internal", "fer.experiment", "albumentations", "facenet_pytorch"),
+    *("matplotlib.pyplot", "scipy.stats"),
+)
 
 _started: list["subprocess.Popen[str]"] = []
 
@@ -84,6 +89,8 @@ def _serve() -> None:
     for name in IMPORTED:
         if importlib.util.find_spec(name.split(".")[0]) is not None:
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is there is not looked through in every child, which would copy it
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -1,17 +1,23 @@
 """Shared parts of the tests: composed configs, and the real command line in a subprocess."""
 
+import functools
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import call
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from fer.config import CONF
+from fer.config import CONF, compose_like_hydra
+from fer.sweep import Plan, plan
 
 # A run of seconds: few small faces, a tiny network, one thread.
 TINY = [
@@ -32,16 +38,37 @@ TINY = [
 
 
 def composed(*overrides: str, command: str = "train") -> DictConfig:
-    """The config of a command line of ``fer.<command>``, its `hydra:` values resolvable."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(command, list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(config)
-    GlobalHydra.instance().clear()
+    """The config of a command line of ``fer.<command>``, its `hydra:` values resolvable.
+
+    Merging files costs 0.3 core-seconds, so they are merged once per choice of them, and the values set in a copy, as
+    Hydra does.
+    """
+    files = [word for word in overrides if "@" in word or (CONF / word.lstrip("+~").partition("=")[0]).is_dir()]
+    config = pickle.loads(_merged(command, tuple(files)))
+    values = OverridesParser.create().parse_overrides([word for word in overrides if word not in files])
+    ConfigLoaderImpl._apply_overrides_to_config(values, config)
+    HydraConfig.instance().set_config(config)
     del_hydra = config.copy()
     del_hydra._set_flag("struct", False)
     del del_hydra["hydra"]
     del_hydra._set_flag("struct", True)
     return del_hydra
+
+
+@functools.cache
+def _merged(command: str, files: tuple[str, ...]) -> bytes:
+    """The pickled config of words that choose files, ``hydra`` included."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(command, list(files), return_hydra_config=True)
+    GlobalHydra.instance().clear()
+    return pickle.dumps(config)
+
+
+def planned(*words: str) -> Plan:
+    """What ``fer.train WORDS`` would sweep; tests/test_safety.py looks into the files that it chooses among."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fer.sweep.check_choices", lambda *_: None)
+        return plan(compose_like_hydra("train", list(words)), list(words))
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +98,7 @@ def train(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
 def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A finished run with the default (W&B offline) logger, for all tests that only look at one."""
     folder = tmp_path_factory.mktemp("whole")
-    done = train(*TINY, "hydra.run.dir=run", cwd=folder, FER_CACHE=str(cache), NETRC=os.devnull, COLUMNS="200")
+    done = call("train", *TINY, "hydra.run.dir=run", cwd=folder, FER_CACHE=str(cache), NETRC=os.devnull, COLUMNS="200")
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
     return folder / "run"

@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import composed
+from conftest import composed, planned
 from hydra.utils import instantiate
 from model_builds import MODELS, SEVEN, cheap, images, shaken
 from omegaconf import OmegaConf
 
-from fer.config import CONF, argument_problems, compose_like_hydra
+from fer.config import CONF, argument_problems
 from fer.errors import UserError
 from fer.experiment import run_experiment
 from fer.models.base import ExpressionModule
 from fer.reporting.small import PAGE, RECORD, overrides_of, page, record
-from fer.sweep import plan
 
 FOLDER = CONF / "experiment"
 SMALL = sorted(path.stem for path in (FOLDER / "small").glob("*.yaml") if path.stem in MODELS)
@@ -111,8 +110,7 @@ def test_every_model_has_a_small_variant() -> None:
 
 
 def test_the_sweep_runs_them_all() -> None:
-    words = ["sweep=ablations"]
-    jobs = plan(compose_like_hydra("train", words), words).jobs or {}
+    jobs = planned("sweep=ablations").jobs or {}
     expected = [*(f"small/{x}" for x in SMALL), *(f"without/{x}" for x in WITHOUT)]
     assert sorted(jobs) == sorted(f"experiment-{name}" for name in expected)
 

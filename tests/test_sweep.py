@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import yaml
 from commands import call
-from conftest import TINY, composed, train
+from conftest import TINY, composed, planned, train
 from fake_wandb import wandb_records
 from omegaconf import OmegaConf
 from scipy import stats
@@ -27,7 +27,7 @@ from fer.errors import UserError
 from fer.models.base import ExpressionModule
 from fer.reporting.aggregate import aggregate, failures, markdown
 from fer.safety import unsafe_entries
-from fer.sweep import Plan, alone, plan
+from fer.sweep import alone
 from fer.sweep_checks import check_search
 from fer.train import run as train_one
 
@@ -166,7 +166,7 @@ def test_a_killed_sweep_goes_on_to_the_same_aggregate(sweep: Path, tmp_path: Pat
     before = (first / "results.json").stat().st_mtime_ns
     if (second / "results.json").exists():
         pytest.skip("the second job was done before the kill came")
-    done = train(*words, cwd=tmp_path)
+    done = call("train", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 jobs: 1 skipped, 1 resumed, 0 run, 0 failed" in done.stdout
     assert (first / "results.json").stat().st_mtime_ns == before
@@ -297,10 +297,6 @@ def test_two_devices_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
 # -- the plan: no job is started ---------------------------------------------------------------------------------------
 
 
-def planned(*words: str) -> Plan:
-    return plan(compose_like_hydra("train", list(words)), list(words))
-
-
 def test_the_folder_belongs_to_what_is_swept_and_nothing_else() -> None:
     reference = planned("-m", "model=dan,convcut", "seed=0,1")
     for same in (
@@ -319,7 +315,7 @@ def test_sweep_groups_compose_with_any_axis() -> None:
     config = compose_like_hydra("train", words)
     assert is_sweep(config, words)
     assert not is_sweep(compose_like_hydra("train", ["seed=1"]), ["seed=1"])
-    found = plan(config, words)
+    found = planned(*words)
     assert found.folder.name.startswith("cv5-")
     assert len(found.jobs or {}) == 5 * 2 * 2 * 2
     assert len(planned("sweep=cv10").jobs or {}) == 10

@@ -6,6 +6,7 @@ from the JSON.
 """
 
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def block_of(experiment: str) -> str:
     return head.partition(" without ")[2].rstrip(".")
 
 
+@cache
 def settles(experiment: str) -> dict[str, str]:
     """What decides an experiment's figures, by its key: every value of its resolved config that a run keeps."""
     config = compose_like_hydra("train", [f"experiment={experiment}"])
