@@ -129,10 +129,13 @@ def copied(whole: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_configs_of_runs(copied: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    change, expected = CONFIGS[name]
-    change(copied / "config.yaml")
+RUNS = {"config.yaml": CONFIGS, "checkpoints/best.ckpt": CHECKPOINTS}
+
+
+@pytest.mark.parametrize(("file", "name"), [(file, name) for file, cases in RUNS.items() for name in cases])
+def test_runs(copied: Path, file: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    change, expected = RUNS[file][name]
+    change(copied / file)
     said = sentence(capsys, lambda: open_run(copied))
     assert re.search(expected, said), said
     assert "Traceback" not in said
@@ -142,14 +145,6 @@ def test_configs_of_runs(copied: Path, name: str, capsys: pytest.CaptureFixture[
 def test_command_lines(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     words, expected = COMMANDS[name]
     assert expected in sentence(capsys, lambda: check_command_line("train", words), code=1)
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_checkpoints(copied: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    change, expected = CHECKPOINTS[name]
-    change(copied / "checkpoints/best.ckpt")
-    said = sentence(capsys, lambda: open_run(copied))
-    assert re.search(expected, said), said
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -1,6 +1,7 @@
 """The direction of imports, so that the house stays as it is drawn."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import fer
@@ -9,6 +10,7 @@ ROOT = Path(fer.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Every module a file imports, inside functions too."""
     found = set()
