@@ -14,17 +14,8 @@ import numpy as np
 from fer.data.base import DataOptions
 from fer.data.images import list_images, subfolders, valid_boxes
 from fer.data.manifest import Array, Manifest
-from fer.data.tables import (
-    PIXEL_COLUMNS,
-    PixelTableModule,
-    Skipped,
-    check_option,
-    csv_files,
-    find_form,
-    read_header,
-    read_pixel_table,
-    read_rows,
-)
+from fer.data.pixel_tables import PIXEL_COLUMNS, PixelTableModule, read_pixel_table
+from fer.data.tables import Skipped, check_option, csv_files, find_form, read_header, read_rows
 from fer.errors import UserError
 from fer.labels import canonical
 

@@ -13,18 +13,8 @@ import numpy as np
 from fer.data.base import DataOptions
 from fer.data.images import list_images, subfolders
 from fer.data.manifest import Manifest
-from fer.data.tables import (
-    PIXEL_COLUMNS,
-    PixelTable,
-    PixelTableModule,
-    Skipped,
-    check_option,
-    csv_files,
-    find_form,
-    plain_name,
-    read_header,
-    read_pixel_table,
-)
+from fer.data.pixel_tables import PIXEL_COLUMNS, PixelTable, PixelTableModule, read_pixel_table
+from fer.data.tables import Skipped, check_option, csv_files, find_form, plain_name, read_header
 from fer.errors import UserError
 from fer.labels import canonical
 

@@ -15,15 +15,8 @@ from fer.data.base import DataOptions
 from fer.data.fer2013 import REQUEST, full_tables, read_full_table
 from fer.data.images import list_images, listed_images
 from fer.data.manifest import Array, Manifest
-from fer.data.tables import (
-    PixelTableModule,
-    Skipped,
-    check_option,
-    csv_files,
-    find_form,
-    read_header,
-    read_rows,
-)
+from fer.data.pixel_tables import PixelTableModule
+from fer.data.tables import Skipped, check_option, csv_files, find_form, read_header, read_rows
 from fer.errors import UserError
 
 CLASSES = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt")
