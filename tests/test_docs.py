@@ -184,6 +184,7 @@ def blocks(page: str) -> dict[str, str]:
     return dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```$', (DOCS / page).read_text(), re.DOTALL | re.MULTILINE))
 
 
+@pytest.mark.docs
 def test_adding_a_model_and_a_data_set_works_as_written(tmp_path: Path, cache: Path) -> None:
     for folder in ("fer", "conf", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
