@@ -52,15 +52,15 @@ def test_answers_depend_on_the_order_where_images_see_each_other(leaky: Path) ->
     assert found["difference"] == pytest.approx(found["by_class"]["acc"] - mean)
     page = (leaky / "tested" / "evaluation.md").read_text()
     assert f"{found['changed']} of 42 images are not answered alike in all orders" in page
-    (one,), pairs = record(leaky, [], [])
+    (one,), pairs = record([leaky], [], [])
     assert not pairs
     assert (one.n, one.batch, one.seed) == (42, 8, 0)
     assert "model.attention=batch" in one.setting
     assert one.stamps == ["LEAKY: predictions depend on the batch"]
     (row,) = orders_table([one]).rows
     assert row.stamps == one.stamps
-    with pytest.raises(UserError, match="not under the folder"):
-        record(leaky / "tested", [], [])
+    with pytest.raises(UserError, match="not among these folders"):
+        record([leaky / "tested"], [], [])
 
 
 def test_answers_of_an_honest_network_do_not(whole: Path, tmp_path: Path) -> None:
@@ -86,17 +86,17 @@ def test_choosing_on_the_test_part_is_compared_on_the_same_epochs(tmp_path: Path
     twin(tmp_path / "b0", 0, "test", [0.6, 0.7, 0.75])  # validation takes the second epoch, the test part the third
     twin(tmp_path / "a1", 1, "val", [0.5, 0.6, 0.7])
     twin(tmp_path / "b1", 1, "test", [0.6, 0.7, 0.71])  # both take the last
-    orders, pairs = record(tmp_path, [], [])
+    orders, pairs = record([tmp_path], [], [])
     assert not orders
     assert [one.setting for one in pairs] == ["experiment=small/cbam_resnet"] * 2
     acc = [cell.text for cell in selection_table(pairs).rows[0].cells]
     assert acc[3:5] == ["0, 1", "3"]
     assert acc[7:10] == ["70.50 ± 0.71", "73.00 ± 2.83", "2.50"]
-    assert record(tmp_path, [], [pairs[0]])[1] == pairs
+    assert record([tmp_path], [], [pairs[0]])[1] == pairs
     twin(tmp_path / "c0", 2, "val", [0.5, 0.6, 0.7])
     twin(tmp_path / "d0", 2, "test", [0.5, 0.6, 0.7], loss=0.01)
     with pytest.raises(UserError, match="are not the same training"):
-        record(tmp_path, [], [])
+        record([tmp_path], [], [])
 
 
 def test_the_two_runs_of_a_training_are_the_same_but_for_the_choice(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_two_runs_of_a_training_are_the_same_but_for_the_choice(tmp_path: Pa
 def test_nothing_to_compare_and_a_damaged_record_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "alone")
     with pytest.raises(UserError, match="neither evaluations with orders="):
-        record(tmp_path, [], [])
+        record([tmp_path], [], [])
     (tmp_path / "leaks.json").write_text(json.dumps({"orders": [{"setting": "x"}], "selection": []}))
     with pytest.raises(UserError, match="orders 1 lacks data"):
         load(tmp_path / "leaks.json")

@@ -72,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_table_says_what_the_runs_predicted(runs: Path, tmp_path: Path) -> None:
-    save_results(record(runs, []), tmp_path)
+    save_results(record([runs], []), tmp_path)
     rows = load_results(tmp_path)
     assert [row.setting for row in rows] == [
         "experiment=fer2013_cpu",
@@ -99,17 +99,17 @@ def test_a_table_says_what_the_runs_predicted(runs: Path, tmp_path: Path) -> Non
 
 
 def test_later_runs_join_earlier_ones(runs: Path, tmp_path: Path) -> None:
-    before = record(runs, [])
+    before = record([runs], [])
     training(tmp_path / "again" / "1", 1, 0.5)  # the same values: the same job
     training(tmp_path / "again" / "3", 3, 0.5)
-    joined = kept(record(tmp_path / "again", before))
+    joined = kept(record([tmp_path / "again"], before))
     assert [one.seed for one in joined.repeats] == [0, 1, 2, 3]
     assert [len(one.tests) for one in joined.repeats] == [2, 2, 2, 1]
     assert joined.views == ["ten_crop"]  # what every repeat has
     evaluation(tmp_path / "late" / "3", tmp_path / "again" / "3", 0.4)
-    assert kept(record(tmp_path / "late", [joined])).views == ["none", "ten_crop"]
+    assert kept(record([tmp_path / "late"], [joined])).views == ["none", "ten_crop"]
     training(tmp_path / "other" / "0", 0, 0.9, epochs=3)  # the recipe has changed since
-    changed = record(tmp_path / "other", before)
+    changed = record([tmp_path / "other"], before)
     assert [len(row.repeats) for row in changed] == [1, 1]
 
 
@@ -157,10 +157,18 @@ def test_a_damaged_row_gets_one_sentence(spoil: Callable[[dict[str, Any]], None]
     assert "\n" not in str(caught.value)
 
 
+def test_a_real_run_is_read(whole: Path) -> None:
+    (row,) = record([whole.parent], [])
+    results = json.loads((whole / "results.json").read_text())
+    assert row.values("none", "acc") == {(0, None): pytest.approx(results["metrics"]["test"]["acc"])}
+    assert row.setting.startswith("data=synthetic model=cbam_resnet trainer=cpu data.batch_size=20")
+    assert "thread" in row.repeats[0].hardware
+
+
 def test_a_folder_without_trainings_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "failed", status="failed", error="no reason")
     with pytest.raises(UserError, match="holds no finished training"):
-        record(tmp_path, [])
+        record([tmp_path], [])
 
 
 def test_the_readme_is_what_the_summaries_give() -> None:
@@ -170,7 +178,7 @@ def test_the_readme_is_what_the_summaries_give() -> None:
 
 
 def test_the_report_shows_the_same_lines(runs: Path, tmp_path: Path) -> None:
-    save_results(record(runs, []), tmp_path / "measured")
+    save_results(record([runs], []), tmp_path / "measured")
     folder = tmp_path / "now"
     training(folder / "0", 7, 0.7)
     words = [f"runs={folder}", f"output={tmp_path / 'out'}", f"measured={tmp_path / 'measured'}", "thumbnails=false"]

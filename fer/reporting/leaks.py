@@ -1,6 +1,6 @@
-"""``python -m fer.reporting.leaks RUNS``: what two common mistakes are worth, from run folders to docs/leaks.md.
+"""``python -m fer.reporting.leaks RUNS...``: what two common mistakes are worth, from run folders to docs/leaks.md.
 
-RUNS is a folder with evaluations by ``python -m fer.evaluate run=... orders=5`` beside the trainings they test
+RUNS are folders with evaluations by ``python -m fer.evaluate run=... orders=5`` beside the trainings they test
 (attention among the images of a batch), with pairs of trainings of ``sweep=selection`` (the epoch chosen on the test
 part), or both. Their figures go to docs/results/leaks.json, in the place of earlier ones of the same setting and seed,
 and from there to the page; without RUNS the page alone is written anew.
@@ -107,13 +107,15 @@ def load(path: Path = RECORD) -> tuple[list[Order], list[Selection]]:
     return [Order(**one) for one in content["orders"]], [Selection(**one) for one in content["selection"]]
 
 
-def record(runs: Path, orders: Iterable[Order], selections: Iterable[Selection]) -> tuple[list[Order], list[Selection]]:
-    """Both lists with what the runs of a folder say.
+def record(
+    runs: Sequence[Path], orders: Iterable[Order], selections: Iterable[Selection]
+) -> tuple[list[Order], list[Selection]]:
+    """Both lists with what the runs under folders say.
 
     Raises:
         UserError: they say nothing, or the runs of a pair are not the same training.
     """
-    folders = [folder for folder in map(RunFolder, find_runs([runs])) if folder.results.exists()]
+    folders = [folder for folder in map(RunFolder, find_runs(runs)) if folder.results.exists()]
     read = [(folder, read_json(folder.results)) for folder in folders]
     trained = {results["job_key"]: results for _, results in read if "evaluation" not in results}
     new_orders = [
@@ -130,9 +132,10 @@ def record(runs: Path, orders: Iterable[Order], selections: Iterable[Selection])
         _selection(setting, pair["val"], pair["test"]) for (setting, _, _), pair in twins.items() if len(pair) == 2
     ]
     if not new_orders and not new_selections:
+        where = ", ".join(map(str, runs))
         raise UserError(
-            f"runs={runs} holds neither evaluations with orders= nor a training twice, with protocol.select_on=val and "
-            "with test: see docs/leaks.md"
+            f"{where}: neither evaluations with orders= nor a training twice, with protocol.select_on=val and with "
+            "test; docs/leaks.md has the commands"
         )
     return _joined(orders, new_orders), _joined(selections, new_selections)
 
@@ -146,7 +149,7 @@ def _order(trained: dict[str, Any], results: dict[str, Any], folder: RunFolder) 
     network, found = results["evaluation"]["networks"][0], results["evaluation"]["orders"]
     training = trained.get(network["job_key"])
     if training is None:
-        raise UserError(f"{folder.path} tests a training that is not under the folder: give one that holds both")
+        raise UserError(f"{folder.path} tests a training that is not among these folders: give those of both")
     return Order(
         setting=setting_of(training["command"]),
         data=training["data"],
@@ -230,14 +233,14 @@ def section(name: str, path: Path = RECORD) -> str:
 
 def main() -> None:
     """The command."""
-    if len(sys.argv) > 2 or sys.argv[1:2] == ["--help"]:
+    if sys.argv[1:2] == ["--help"]:
         print(__doc__)
         return
     from fer.reporting.manual import write_pages
 
     try:
         if sys.argv[1:]:
-            orders, selections = record(Path(sys.argv[1]), *load())
+            orders, selections = record([Path(name) for name in sys.argv[1:]], *load())
             write_json(RECORD, {"orders": [*map(asdict, orders)], "selection": [*map(asdict, selections)]})
         write_pages()
     except UserError as error:

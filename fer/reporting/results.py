@@ -1,6 +1,6 @@
-"""``python -m fer.reporting.results RUNS``: what trainings measured, from run folders to docs/results and the pages.
+"""``python -m fer.reporting.results RUNS...``: what trainings measured, from run folders to docs/results and the pages.
 
-RUNS is a folder, such as a sweep's. Every finished training under it, and every evaluation of one by
+RUNS are folders, such as a sweep's. Every finished training under them, and every evaluation of one by
 ``python -m fer.evaluate run=... tta=...`` on its own test part, goes to docs/results/measured/<data>.json: a row per
 setting, in it a repeat per seed and fold, with the confusion matrix of the test for each choice of views. Rows and
 repeats of earlier calls stay; a training takes the place of an older one with its setting, seed and fold, and where the
@@ -169,13 +169,13 @@ def save_results(results: Sequence[Result], folder: Path = RECORDS) -> None:
 # -- from run folders ---------------------------------------------------------------------------------------------
 
 
-def record(runs: Path, before: Iterable[Result]) -> list[Result]:
-    """Rows with the finished runs of a folder among them.
+def record(runs: Sequence[Path], before: Iterable[Result]) -> list[Result]:
+    """Rows with the finished runs of folders among them.
 
     Raises:
         UserError: there is none, or one was written by code that did not note its machine.
     """
-    found = [folder for folder in map(RunFolder, find_runs([runs])) if folder.results.exists()]
+    found = [folder for folder in map(RunFolder, find_runs(runs)) if folder.results.exists()]
     read = [(folder, read_json(folder.results)) for folder in found]
     trained = [(folder, results) for folder, results in read if "evaluation" not in results]
     rows = {(row.data, row.setting): row for row in before}
@@ -192,8 +192,12 @@ def record(runs: Path, before: Iterable[Result]) -> list[Result]:
         if len(networks) == 1 and any(stamp.startswith(AGAIN) for stamp in results["stamps"]):
             seen += _add_test(rows, networks[0], results)
     if not seen:
-        raise UserError(f"runs={runs} holds no finished training, nor an evaluation of one that is in {RECORDS}")
+        raise UserError(f"{_named(runs)} holds no finished training, nor an evaluation of one that is in {RECORDS}")
     return list(rows.values())
+
+
+def _named(runs: Sequence[Path]) -> str:
+    return f"runs={','.join(map(str, runs))}"
 
 
 def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
@@ -266,14 +270,14 @@ def _add_test(rows: dict[tuple[str, str], Result], network: dict[str, Any], resu
 
 def main() -> None:
     """The command."""
-    if len(sys.argv) > 2 or sys.argv[1:2] == ["--help"]:
+    if sys.argv[1:2] == ["--help"]:
         print(__doc__)
         return
     from fer.reporting.manual import write_pages
 
     try:
         if sys.argv[1:]:
-            save_results(record(Path(sys.argv[1]), load_results()))
+            save_results(record([Path(name) for name in sys.argv[1:]], load_results()))
         write_pages()
     except UserError as error:
         sys.exit(f"error: {error}")
