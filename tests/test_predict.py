@@ -5,8 +5,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -443,21 +441,6 @@ def test_the_command_line_finds_drawn_faces(whole: Path, tmp_path: Path) -> None
         apart = [np.abs(np.array(face["landmarks"]) - one.landmarks).max() for one in truth]
         assert min(apart) < 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers", "photos"]
-
-
-def test_help_needs_no_torch(tmp_path: Path) -> None:
-    code = """
-import sys, contextlib, fer, fer.predict, fer.demo
-for command in (fer.predict, fer.demo):
-    sys.argv = ["x", "--help"]
-    with contextlib.suppress(SystemExit):
-        command.main()
-print("torch" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "python -m fer.predict run=" in done.stdout
-    assert "python -m fer.demo run=" in done.stdout
-    assert done.stdout.strip().endswith("False")
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------
