@@ -48,6 +48,8 @@ def _use_our_launchers() -> None:
     Hydra would otherwise take a plugin's entry for the schema of ours, which it warns about and for some refuses.
     """
     Plugins.instance()  # imports the plugins, which register themselves
+    # There is one store, which hands out copies, yet --help would copy it for each of 140 groups: two seconds.
+    ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     registered = ConfigStore.instance().repo["hydra"]
     for path in CONF.glob("hydra/*/*.yaml"):
         registered[path.parent.name].pop(path.name, None)

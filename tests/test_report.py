@@ -310,7 +310,7 @@ def test_what_a_detector_found_and_how_fast_stands_in_the_report(tmp_path: Path)
         write_json(folder / "results.json", results)
         Image.new("RGB", (2400, 400), (200, 30, 30)).save(folder / "detections.png")
     (runs / "0" / "detections.png").write_bytes(b"no picture")  # the other run has one
-    assert report(runs, out).returncode == 0
+    run(composed(f"runs={runs}", f"output={out}", command="report"))
     lines = pd.read_csv(out / "detections.csv")
     assert lines["group"].tolist() == ["synthetic-resattn_vit-official"]
     line = lines.iloc[0]
@@ -322,7 +322,7 @@ def test_what_a_detector_found_and_how_fast_stands_in_the_report(tmp_path: Path)
     pictures = re.findall(r'<figure class="found"><img src="data:image/png;base64,([^"]+)"', page)
     assert len(pictures) == 1
     assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).size == (1200, 200)
-    assert report(runs, out, "thumbnails=false").returncode == 0
+    run(composed(f"runs={runs}", f"output={out}", "thumbnails=false", command="report"))
     assert 'class="found"' not in (out / "report.html").read_text()
 
 

@@ -1,8 +1,6 @@
 """The real command line: a complete run folder, W&B's offline record, exact resume, clear refusals."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,26 +124,6 @@ def test_resume_takes_no_other_option(whole: Path) -> None:
     refused = train(f"resume={whole}", "seed=3", cwd=whole.parent)
     assert refused.returncode == 2
     assert "seed=3" in refused.stderr
-
-
-def imported_torch(*words: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], bool]:
-    command = [sys.executable, "-X", "importtime", "-m", "fer.train", *words]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
-    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "hydra" in modules
-    return done, "torch" in modules
-
-
-def test_help_and_typos_answer_without_importing_torch(tmp_path: Path) -> None:
-    asked, torch_imported = imported_torch("--help", cwd=tmp_path)
-    assert asked.returncode == 0
-    assert "cbam_resnet" in asked.stdout
-    assert not torch_imported
-    typo, torch_imported = imported_torch("trainer.max_epoch=3", cwd=tmp_path)
-    assert typo.returncode == 1
-    assert "max_epoch" in typo.stderr
-    assert not torch_imported
-    assert not (tmp_path / "outputs").exists()
 
 
 def test_missing_data_is_one_clear_message(
