@@ -20,6 +20,8 @@ from fer.wandb_server import choose_way
 from fer.wandb_upload import Upload
 
 log = logging.getLogger(__name__)
+# W&B would read the metadata of every package installed, most of a second; results.json has the versions that matter.
+RECORDED = {"x_save_requirements": False}
 
 
 class Wandb(WandbLogger):
@@ -59,6 +61,7 @@ class Wandb(WandbLogger):
         self.upload: Upload | None = None
         options: dict[str, Any] = {"entity": entity, "group": group, "job_type": job_type, "tags": list(tags)}
         os.environ.setdefault("WANDB_SILENT", "true")
+        options["settings"] = dict(RECORDED)
         super().__init__(
             project=project,
             name=name,
@@ -71,6 +74,13 @@ class Wandb(WandbLogger):
         )
         # Lightning passes this on although W&B no longer knows it and warns.
         self._wandb_init.pop("anonymous", None)
+
+    @property
+    def experiment(self) -> Any:
+        """As in Lightning; W&B's run."""
+        if self._experiment is None:
+            _set_up(self._wandb_init["mode"])
+        return super().experiment
 
     def attempt(self, work: Callable[[Any], Any]) -> None:
         """Let W&B record something; without it the run goes on.
@@ -105,6 +115,14 @@ class Wandb(WandbLogger):
             self.upload.finish(self.upload_seconds)
 
 
+def _set_up(mode: str) -> None:
+    """Have W&B's telemetry offline too: it would talk to the server from this process, and wait for it at its end."""
+    import wandb
+
+    if mode == "offline":
+        wandb.setup(wandb.Settings(mode="offline"))
+
+
 def _end_local_process() -> None:
     """Wait until W&B's local process has written everything and ended: it keeps a file of each of its runs open."""
     import wandb
@@ -128,6 +146,7 @@ def log_summary(node: Any, folder: Path, run_id: str, kind: str, command: str, r
 
     os.environ.setdefault("WANDB_SILENT", "true")
     way = choose_way(node.mode)
+    _set_up(way.mode)
     names = {name for group in record["groups"] for name in (group["model"], group["data"], group["protocol"]) if name}
     run = wandb.init(
         project=node.project,
@@ -141,6 +160,7 @@ def log_summary(node: Any, folder: Path, run_id: str, kind: str, command: str, r
         mode=way.mode,
         dir=str(folder),
         config={"sweep": folder.name, "command": command, "jobs": record["jobs"]},
+        settings=dict(RECORDED),
     )
     try:
         run.log(_summary_content(record, wandb))

@@ -14,7 +14,9 @@ from pathlib import Path
 from filelock import FileLock
 
 log = logging.getLogger(__name__)
+RECORD_SECONDS = 15.0  # from one flush of W&B's record to the next: before the first there is nothing to send
 LEFT_SECONDS = 600.0  # how long an upload may go on after its run has ended
+YIELD = 10  # the run has the processor first
 SYNCED = ".synced"  # what W&B appends to a record's name once all of it is uploaded
 
 
@@ -78,6 +80,8 @@ def main() -> None:
         ended.set()
 
     threading.Thread(target=listen, daemon=True).start()
+    os.nice(YIELD)
+    ended.wait(RECORD_SECONDS)
     # A run's sessions one after another, first those that were not uploaded: W&B appends each to the one before.
     with FileLock(record.parents[1] / ".upload.lock"):
         earlier = sorted(p for p in record.parents[1].glob("offline-run-*/run-*.wandb") if p.parent < record.parent)

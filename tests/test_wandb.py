@@ -73,8 +73,11 @@ def test_a_run_is_uploaded_beside_itself(server: FakeWandb, logger: Wandb, tmp_p
 def test_a_silent_server_is_not_waited_for(
     server: FakeWandb, logger: Wandb, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    from wandb.analytics.opentelemetry.opentelemetry_proxy import get_open_telemetry_proxy
+
     server.manner = "silent"
     log_rows(logger)
+    assert get_open_telemetry_proxy() is None  # it would ask the server at the process' end, for up to half a minute
     logger.finish(0)
     assert logger.upload is not None
     assert logger.upload.process.poll() is None  # it waits, the run does not
