@@ -99,6 +99,7 @@ def test_choosing_on_the_test_part_is_compared_on_the_same_epochs(tmp_path: Path
         record([tmp_path], [], [])
 
 
+@pytest.mark.slow
 def test_the_two_runs_of_a_training_are_the_same_but_for_the_choice(tmp_path: Path) -> None:
     """What the comparison stands on: the part that chooses does not touch the weights of an epoch."""
     curves = []
