@@ -63,7 +63,10 @@ def _start() -> "subprocess.Popen[str]":
 def _stop(server: "subprocess.Popen[str]") -> None:
     assert server.stdin is not None
     server.stdin.close()
-    server.wait(60)
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:  # a process that was forked from this one holds its input open
+        server.kill()
 
 
 def _become(asked: dict[str, Any]) -> NoReturn:
