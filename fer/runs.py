@@ -24,19 +24,8 @@ PACKAGE = Path(__file__).parent
 State = Literal["new", "unfinished", "done"]
 # What does not change a run's figures: where things lie, how they are shown, whether to start over.
 NOT_IN_KEY = (
-    *(
-        "data.root",
-        "data.cache",
-        "data.num_workers",
-        "logger",
-        "group",
-        "job_type",
-        "run_name",
-        "tags",
-        "resume",
-        "fresh",
-    ),
-    *("trainer.enable_progress_bar", "report", "allow_search_on_test"),
+    *("data.root", "data.cache", "data.num_workers", "logger", "group", "job_type", "run_name", "tags"),
+    *("resume", "fresh", "trainer.enable_progress_bar", "report", "allow_search_on_test"),
 )
 RECORDED_PACKAGES = ("torch", "torchvision", "lightning", "timm", "albumentations", "numpy", "opencv-python-headless")
 

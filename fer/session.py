@@ -21,7 +21,7 @@ from torch import nn
 from fer.config import argument_problems, resolved
 from fer.data.base import ExpressionDataModule
 from fer.data.manifest import PARTS
-from fer.data.workers import WorkerDied
+from fer.data.workers import WorkerDied, dismiss
 from fer.errors import UserError
 from fer.loggers import Wandb
 from fer.models.guard import StepGuard
@@ -145,6 +145,7 @@ def status_kept(folder: RunFolder, loggers: list[Wandb]) -> Iterator[Stop]:
             for logger in loggers:
                 # Unless finished with its code, W&B shows a failed run as finished, and the next job logs into this.
                 logger.finish(exit_code)
+            dismiss()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -145,6 +146,7 @@ def train(folder: Path, cache: Path, resumed: bool, workers: int | None = None) 
 CONFIG: Any = None  # composed once, by `prepare`
 
 
+@cache
 def prepare(place: Path) -> tuple[str, float]:
     """Import and warm up everything by the uninterrupted run; its hash and its seconds."""
     global CONFIG
@@ -183,6 +185,7 @@ def forked(
             os.setpgid(0, 0)
             nowhere = os.open(os.environ.get("KILLS_LOG", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+            sys.stdout, sys.stderr = (os.fdopen(handle, "w", closefd=False) for handle in (1, 2))  # not pytest's
             work()
             code = 0
         except SystemExit as stop:

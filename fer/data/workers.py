@@ -39,8 +39,16 @@ class WorkerDied(UserError):
 
 def init_worker(_: int) -> None:
     """Leave signals to the run, which still needs batches after Ctrl-C or a notice to all processes of a job."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none: there a SIGTERM ends the worker, whoever sends it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+
+
+def _end_by_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def batches(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -123,7 +131,11 @@ def _sentence(dead: list[BaseProcess]) -> str:
 
 
 def dismiss() -> None:
-    """Kill all workers of this process, whatever they are doing; nothing is theirs to lose."""
+    """Kill all workers of this process, whatever they are doing; nothing is theirs to lose.
+
+    A run does so at its end. Left to PyTorch, they end when the loader is collected, and that may happen in one of the
+    threads that speak to them, which then waits for itself.
+    """
     for iterator in list(_crews):
         if not iterator._shutdown:
             iterator._shutdown = True  # PyTorch's orderly end may wait forever for what a dead worker held
@@ -141,4 +153,4 @@ def dismiss() -> None:
 
 
 os.register_at_fork(after_in_child=_crews.clear)  # they are the parent's
-atexit.register(dismiss)  # before multiprocessing's own end of its children, a signal which they leave to the run
+atexit.register(dismiss)  # none is waited for at the end of the process
