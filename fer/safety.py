@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent
 # A target is one class directly in one of these modules; never a function, never a module reached through another.
 ALLOWED_MODULES = (
     r"fer\.(data|models|pretraining|evaluation|faces|benching)(\.[a-z][a-z0-9_]*)+",
-    r"fer\.(loggers|trainer)",
+    r"fer\.(loggers|sweep|trainer)",
     r"torch\.optim",
     r"torch\.optim\.lr_scheduler",
     r"lightning\.pytorch\.callbacks",

@@ -30,6 +30,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -178,6 +180,14 @@ def job(config: DictConfig) -> float | None:
             folder.outcome, {"outcome": outcome, "error": error, "host": socket.gethostname(), "pid": os.getpid()}
         )
     return value if error is None or hydra.sweeper._target_ == GRID else None
+
+
+class Forgetting(Callback):
+    """Drops both configs of each job that has ended: Hydra's launcher keeps them, a MiB, until the sweep has."""
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Nothing reads them any more; what a job returned stays."""
+        job_return.cfg = job_return.hydra_cfg = None
 
 
 @contextmanager

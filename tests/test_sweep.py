@@ -19,6 +19,8 @@ import yaml
 from commands import call
 from conftest import TINY, composed, planned, train
 from fake_wandb import wandb_records
+from hydra.core.utils import JobReturn
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from scipy import stats
 
@@ -191,6 +193,14 @@ def test_a_failing_job_is_named_and_stops_nothing(tmp_path: Path) -> None:
     assert (failed["n"], whole["n"]) == (0, 1)
     assert failed["failed"][0]["job"] == "loss-soft"
     assert "loss-soft: failed" in (tmp_path / "here" / "aggregate.md").read_text()
+
+
+def test_the_configs_of_finished_jobs_are_not_kept() -> None:
+    config = compose_like_hydra("train", ["-m", "seed=0,1"])
+    ended = JobReturn(cfg=config, hydra_cfg=config, _return_value=0.5)
+    for node in config.hydra.callbacks.values():
+        instantiate(node).on_job_end(config, ended)
+    assert (ended.cfg, ended.hydra_cfg, ended._return_value) == (None, None, 0.5)
 
 
 # -- launchers, search, several devices: minutes -----------------------------------------------------------------------
