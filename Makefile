@@ -39,7 +39,7 @@ test: $(SETUP)  ## the quick tests, 10 to 13 core-minutes; FER_DATA=/path/to/dat
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
 reliability: $(SETUP)  ## runs and sweeps killed in their middle go on to the same figures, under 3 core-minutes
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m 'reliability and not slow'
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m 'reliability and not slow' $(addprefix tests/test_,reliability.py sweep.py wandb.py)
 
 reliability-long: export OMP_NUM_THREADS := 1
 reliability-long: $(SETUP)  ## 200 kills of a training, 40 of its workers, 20 of the command, failing system calls; 20 core-minutes

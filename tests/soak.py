@@ -1,4 +1,4 @@
-"""Long runs watched from outside: memory, file descriptors, threads and processes after every epoch and every job.
+"""Long runs watched from outside: memory, file descriptors, threads and processes of every epoch and every job.
 
 python tests/soak.py                    10,000 steps and a sweep of 10 jobs; figures into docs/results/soak.json
 python tests/soak.py steps=600 jobs=3   shorter
@@ -21,6 +21,7 @@ from conftest import TINY
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 STEPS_PER_EPOCH = 100
+LOOK_SECONDS = 0.5  # between looks, of some 20 ms each
 WARM_UP = 0.2  # part of the samples before which memory pools and caches may still fill
 MEMORY = 4.0  # MiB that a process tree may grow by from warm-up to the end: half a MiB per 1,000 steps of 10,000
 RUN = [
@@ -37,7 +38,7 @@ RUN = [
 class Sample(NamedTuple):
     """One look at a process and its descendants."""
 
-    pss: float  # MiB, memory shared between processes counted once
+    pss: float  # MiB, memory shared between them counted once; without files, which any process of the machine shares
     descriptors: int
     threads: int
     processes: int
@@ -50,7 +51,7 @@ def sample(pid: int) -> Sample:
     for member in tree:
         try:
             rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
-            pss += int(rollup.split("\nPss:")[1].split()[0])
+            pss += sum(int(rollup.split(f"\nPss_{kind}:")[1].split()[0]) for kind in ("Anon", "Shmem"))
             descriptors += len(os.listdir(f"/proc/{member}/fd"))
             threads += len(os.listdir(f"/proc/{member}/task"))
         except (FileNotFoundError, ProcessLookupError, IndexError):  # it has just ended
@@ -93,7 +94,7 @@ def problems(grown: dict[str, float]) -> list[str]:
 
 
 def watch(words: list[str], folder: Path, done: Callable[[], int]) -> tuple[list[Sample], float]:
-    """Run a command and look at it each time more of it is done.
+    """Run a command and look at it all the time.
 
     Args:
         words: the command line after ``python -m fer.train``.
@@ -101,18 +102,22 @@ def watch(words: list[str], folder: Path, done: Callable[[], int]) -> tuple[list
         done: how many epochs or jobs are done.
 
     Returns:
-        A sample for each, and the command's CPU seconds.
+        The least of each figure in each epoch or job, since data workers and W&B come and go, and the command's CPU
+        seconds.
     """
     samples: list[Sample] = []
+    looks: list[Sample] = []
     before = os.times()
     command = [sys.executable, "-m", "fer.train", *words]
     environment = {**os.environ, "FER_CACHE": str(folder / "store"), "OMP_NUM_THREADS": "1", "NETRC": os.devnull}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         while process.poll() is None:
+            looks.append(sample(process.pid))
             if done() > len(samples):
-                samples.append(sample(process.pid))
-            time.sleep(0.02)
+                samples.append(Sample(*map(min, zip(*looks, strict=True))))
+                looks.clear()
+            time.sleep(LOOK_SECONDS)
     assert process.returncode == 0, (folder / "log").read_text()[-2000:]
     after = os.times()
     return samples, after.children_user + after.children_system - before.children_user - before.children_system
