@@ -1,6 +1,6 @@
 """``python -m fer.bench``: what this checkout costs on this machine, each figure beside a baseline.
 
-python -m fer.bench                                        every part, about 12 core-minutes
+python -m fer.bench                                        every part but gpu, about half a core-hour
 python -m fer.bench parts=[overhead,startup] windows=5     some of it
 python -m fer.bench out=docs/results/speed                 the figures of docs/speed.md, see fer/reporting/manual.py
 """
@@ -12,10 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-from fer.config import CONF, check_command_line, count_problems, guarded, resolved
+from fer.config import count_problems, resolved, start
 from fer.errors import UserError
 
 CONFIG = "bench"
@@ -66,15 +65,9 @@ def _problems(plain: dict[str, Any]) -> list[str]:
     return problems
 
 
-@hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")
-def _job(config: DictConfig) -> None:
-    guarded(lambda: run(config))
-
-
 def main() -> None:
     """The command."""
-    check_command_line(CONFIG, sys.argv[1:])
-    _job()
+    start(CONFIG, run)
 
 
 if __name__ == "__main__":

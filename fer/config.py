@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hydra
 import yaml
 from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -221,6 +222,26 @@ def check_command_line(config_name: str, argv: list[str]) -> DictConfig:
         sys.exit(1)
     guarded(lambda: refuse_unsafe(config))
     return config
+
+
+def start(config_name: str, run: Callable[[DictConfig], Any]) -> None:
+    """A command whose one job is ``run``: checked, composed by Hydra, its mistakes sentences, 130 after Ctrl-C.
+
+    Args:
+        config_name: the file under ``conf/``.
+        run: gets the config of the command line.
+    """
+    check_command_line(config_name, sys.argv[1:])
+
+    @hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")
+    def job(config: DictConfig) -> None:
+        guarded(lambda: run(config))
+
+    try:
+        job()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def argument_problems(config: dict[str, Any]) -> list[str]:

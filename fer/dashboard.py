@@ -6,13 +6,11 @@ python -m fer.dashboard entity=my-team group=cv5-1a2b3c4d   the runs of one swee
 
 import hashlib
 import importlib.util
-import sys
 from typing import TYPE_CHECKING
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from fer.config import CONF, check_command_line, guarded
+from fer.config import start
 from fer.errors import UserError
 from fer.labels import EXPRESSIONS
 from fer.safety import refuse_unsafe
@@ -162,15 +160,9 @@ def save(workspace: "Workspace") -> str:
     return str(workspace.url)
 
 
-@hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")
-def _job(config: DictConfig) -> None:
-    guarded(lambda: run(config))
-
-
 def main() -> None:
     """The command."""
-    check_command_line(CONFIG, sys.argv[1:])
-    _job()
+    start(CONFIG, run)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,9 @@
 python -m fer.demo run=outputs/.../<run>
 """
 
-import sys
-
-import hydra
 from omegaconf import DictConfig
 
-from fer.config import CONF, argument_problems, check_command_line, guarded, resolved
+from fer.config import argument_problems, resolved, start
 from fer.errors import UserError
 from fer.predict import make_recognizer, run_problems
 
@@ -35,18 +32,9 @@ def run(config: DictConfig) -> None:
     serve(make_recognizer(config), port)
 
 
-@hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")
-def _job(config: DictConfig) -> None:
-    guarded(lambda: run(config))
-
-
 def main() -> None:
     """The command."""
-    check_command_line(CONFIG, sys.argv[1:])
-    try:
-        _job()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    start(CONFIG, run)
 
 
 if __name__ == "__main__":

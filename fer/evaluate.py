@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-from fer.config import CONF, USER_MISTAKE, check_command_line, count_problems, guarded, resolved
+from fer.config import USER_MISTAKE, count_problems, resolved, start
 from fer.errors import UserError
 from fer.runs import RunFolder
 
@@ -89,22 +88,12 @@ def _problems(plain: dict[str, Any]) -> list[str]:
     return problems
 
 
-@hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")
-def _job(config: DictConfig) -> None:
-    guarded(lambda: run(config))
-
-
 def main() -> None:
     """The command."""
-    check_command_line(CONFIG, sys.argv[1:])
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         print("error: fer.evaluate takes run=[several] for an ensemble, not -m", file=sys.stderr)
         sys.exit(USER_MISTAKE)
-    try:
-        _job()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    start(CONFIG, run)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,12 @@ python -m fer.explain run=outputs/.../<run>
 python -m fer.explain run=[outputs/.../<run>,outputs/.../<run>] figures=[tsne] output=figures
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-from fer.config import CONF, check_command_line, count_problems, guarded, resolved
+from fer.config import count_problems, resolved, start
 from fer.errors import UserError
 
 CONFIG = "explain"
@@ -64,15 +62,9 @@ def _problems(plain: dict[str, Any]) -> list[str]:
     return problems + count_problems(plain, {"points": 10, "pictures": 1, "maps": 0, "seed": 0})
 
 
-@hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")
-def _job(config: DictConfig) -> None:
-    guarded(lambda: run(config))
-
-
 def main() -> None:
     """The command."""
-    check_command_line(CONFIG, sys.argv[1:])
-    _job()
+    start(CONFIG, run)
 
 
 if __name__ == "__main__":

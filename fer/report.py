@@ -5,15 +5,13 @@ python -m fer.report runs=outputs compare=[convcut,cbam_resnet]      with signif
 """
 
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from fer.config import CONF, check_command_line, guarded, resolved
+from fer.config import CONF, resolved, start
 from fer.errors import UserError
 
 CONFIG = "report"
@@ -88,15 +86,9 @@ def _problems(plain: dict[str, Any]) -> list[str]:
     return problems
 
 
-@hydra.main(config_path=str(CONF), config_name=CONFIG, version_base="1.3")
-def _job(config: DictConfig) -> None:
-    guarded(lambda: run(config))
-
-
 def main() -> None:
     """The command."""
-    check_command_line(CONFIG, sys.argv[1:])
-    _job()
+    start(CONFIG, run)
 
 
 if __name__ == "__main__":
