@@ -223,7 +223,7 @@ def test_figures_are_read_from_run_folders(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", USUAL)
 def test_learns_the_expressions_of_unseen_people(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """About 0.8 and more on the usual faces: three to twenty core-minutes each."""
+    """Above 0.8 on the usual faces: three to thirty core-minutes each."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     start = []
     if model in BEGUN:
@@ -236,4 +236,4 @@ def test_learns_the_expressions_of_unseen_people(model: str, tmp_path: Path, mon
     assert [block for block in BLOCKS[model] if not under(block, trained)] == []
     assert results["n"]["test"] >= 200
     assert results["stamps"] == []
-    assert results["metrics"]["test"]["acc"] > (0.75 if model in BEGUN else 0.8)  # those stay just under 0.8 as yet
+    assert results["metrics"]["test"]["acc"] > 0.8

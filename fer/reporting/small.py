@@ -43,10 +43,11 @@ Each network is the class and the YAML of `conf/model/`, made narrow, shallow an
 Drawn faces as `data=synthetic` gives them: expressions from half intensity on, a tenth of the faces covered in part,
 poses and light over their usual spread, {n} test images of people nobody has trained on. Of the model's options only
 widths, depths and sizes differ from `conf/model/`; weights are random (`pretrained=false`), so learning rates that
-spare published ones are off, and inputs are centred. What trains, `conf/experiment/usual/` says. Transformers from
-random weights need very many images to find out where in a face to look, so where the command says `start_from`, the
-network begins with the weights of its run of the second table, on easier faces of the same training people, whose cost
-comes on top. Not run on these faces yet: {missing}.
+spare published ones are off, and inputs are centred. What trains, `conf/experiment/usual/` says; where it says
+`tta: flip`, each test image is also read mirrored. Transformers from random weights need very many images to find out
+where in a face to look, so where the command says `start_from`, the network begins with the weights of its run of the
+second table, on easier faces of the same training people, whose cost comes on top. Not run on these faces
+yet: {missing}.
 
 """
 ABLATIONS = """
