@@ -32,7 +32,7 @@ from fer.stopping import Stop
 from fer.trainer import quieten
 
 KEPT = Path(__file__).with_suffix(".json")
-MODELS = sorted(path.stem for path in (CONF / "experiment" / "small").glob("[!_]*.yaml"))
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))  # each in experiment=small/...
 TINY = ["data.train=32", "data.val=8", "data.test=8", "data.subjects=30", "data.batch_size=4", "data.num_workers=0"]
 TINY += ["trainer.enable_progress_bar=false", "logger=csv", "trainer.threads=1"]
 # On an accelerator these wait until it has caught up, to read a value or to learn how large a result is.

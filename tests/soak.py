@@ -38,25 +38,32 @@ RUN = [
 class Sample(NamedTuple):
     """One look at a process and its descendants."""
 
-    pss: float  # MiB, memory shared between them counted once; without files, which any process of the machine shares
+    memory: float  # MiB, without pages of files, which any process of the machine shares
     descriptors: int
     threads: int
     processes: int
 
 
-def sample(pid: int) -> Sample:
-    """Look at a process and its descendants now."""
-    pss = descriptors = threads = 0
+def sample(pid: int, alone: bool = False) -> Sample:
+    """Look at a process and its descendants now.
+
+    Args:
+        pid: the process.
+        alone: memory of this process alone, where its descendants come and go; else of all of them, what they share
+            counted once.
+    """
+    memory = descriptors = threads = 0
     tree = family(pid)
     for member in tree:
         try:
             rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
-            pss += sum(int(rollup.split(f"\nPss_{kind}:")[1].split()[0]) for kind in ("Anon", "Shmem"))
+            kinds = ("Anonymous",) if alone and member == pid else () if alone else ("Pss_Anon", "Pss_Shmem")
+            memory += sum(int(rollup.split(f"\n{kind}:")[1].split()[0]) for kind in kinds)
             descriptors += len(os.listdir(f"/proc/{member}/fd"))
             threads += len(os.listdir(f"/proc/{member}/task"))
         except (FileNotFoundError, ProcessLookupError, IndexError):  # it has just ended
             continue
-    return Sample(pss / 1024, descriptors, threads, len(tree))
+    return Sample(memory / 1024, descriptors, threads, len(tree))
 
 
 def family(pid: int) -> list[int]:
@@ -76,30 +83,31 @@ def growth(samples: list[Sample]) -> dict[str, float]:
 
     Returns:
         For each figure, the growth of its median from the first quarter after the warm-up to the last quarter, and for
-        memory (``pss_slope``) the slope of a fitted line times the time between those quarters, all in MiB or counts.
+        memory (``memory_slope``) the slope of a fitted line times the time between those quarters, all in MiB or counts.
     """
     steady = np.array(samples[int(WARM_UP * len(samples)) :], float)
     quarter = max(len(steady) // 4, 1)
     grown = np.median(steady[-quarter:], 0) - np.median(steady[:quarter], 0)
     slope = np.polyfit(np.arange(len(steady)), steady[:, 0], 1)[0] * (len(steady) - quarter)
-    return {**dict(zip(Sample._fields, grown.tolist(), strict=True)), "pss_slope": float(slope)}
+    return {**dict(zip(Sample._fields, grown.tolist(), strict=True)), "memory_slope": float(slope)}
 
 
 def problems(grown: dict[str, float]) -> list[str]:
     """Sentences about what grew although it must not."""
     found = [f"{name} grew by {grown[name]:g}" for name in Sample._fields[1:] if grown[name] > 0]
-    if min(grown["pss"], grown["pss_slope"]) > MEMORY:
-        found.append(f"memory grew by {grown['pss']:.1f} MiB")
+    if min(grown["memory"], grown["memory_slope"]) > MEMORY:
+        found.append(f"memory grew by {grown['memory']:.1f} MiB")
     return found
 
 
-def watch(words: list[str], folder: Path, done: Callable[[], int]) -> tuple[list[Sample], float]:
+def watch(words: list[str], folder: Path, done: Callable[[], int], alone: bool) -> tuple[list[Sample], float]:
     """Run a command and look at it all the time.
 
     Args:
         words: the command line after ``python -m fer.train``.
         folder: where it runs.
         done: how many epochs or jobs are done.
+        alone: as `sample` takes it.
 
     Returns:
         The least of each figure in each epoch or job, since data workers and W&B come and go, and the command's CPU
@@ -113,7 +121,7 @@ def watch(words: list[str], folder: Path, done: Callable[[], int]) -> tuple[list
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         while process.poll() is None:
-            looks.append(sample(process.pid))
+            looks.append(sample(process.pid, alone))
             if done() > len(samples):
                 samples.append(Sample(*map(min, zip(*looks, strict=True))))
                 looks.clear()
@@ -147,7 +155,7 @@ def training(steps: int) -> dict[str, Any]:
             return curves.read_text().count("\n") - 1 if curves.exists() else 0
 
         words = [*RUN, f"trainer.max_epochs={steps // STEPS_PER_EPOCH}", "hydra.run.dir=run"]
-        return {"steps": steps, **report(*watch(words, folder, epochs))}
+        return {"steps": steps, **report(*watch(words, folder, epochs, alone=False))}
 
 
 def sweep(jobs: int) -> dict[str, Any]:
@@ -160,7 +168,7 @@ def sweep(jobs: int) -> dict[str, Any]:
         def ended() -> int:
             return len(list(folder.glob("sweeps/*/outcome.json")))
 
-        return {"jobs": jobs, **report(*watch(words, folder, ended))}
+        return {"jobs": jobs, **report(*watch(words, folder, ended, alone=True))}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from fer.runs import read_json
 
 RESULTS = CONF.parent / "docs" / "results"
 _FIGURES = {
-    "pss": "memory of all processes, MiB",
+    "memory": "memory, MiB",
     "descriptors": "file descriptors",
     "threads": "threads",
     "processes": "processes",
