@@ -35,7 +35,7 @@ setup: $(SETUP)  ## create .venv with the tested versions (about 2 minutes, 6 GB
 demo: $(SETUP)  ## train on synthetic faces: no download, under 8 core-minutes
 	$(PYTHON) -m fer.train experiment=demo
 
-test: $(SETUP)  ## the quick tests, 10 to 13 core-minutes; FER_DATA=/path/to/data adds those on real data
+test: $(SETUP)  ## the quick tests, about 10 core-minutes; FER_DATA=/path/to/data adds those on real data
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
 reliability: $(SETUP)  ## runs and sweeps killed in their middle go on to the same figures, under 3 core-minutes
