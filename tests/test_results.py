@@ -86,7 +86,7 @@ def test_a_table_says_what_the_runs_predicted(runs: Path, tmp_path: Path) -> Non
         half = stats.t.isf(0.025, 2) * np.std(found, ddof=1) / np.sqrt(3)
         assert f"| {np.mean(found):.2f} ± {np.std(found, ddof=1):.2f} |" in line
         assert f"| {np.mean(found) - half:.2f} to {np.mean(found) + half:.2f} |" in line
-        assert "| 1,000 | 0, 1, 2 | validation" in line
+        assert "| 1,000 | 3 (0, 1, 2) | validation" in line
         assert "a processor, 1 thread" in line
     gain = np.mean([right(runs / f"kept{seed}") - right(runs / f"single{seed}") for seed in range(3)])
     leak = right(runs / "dropped0") - right(runs / "kept0")

@@ -56,7 +56,7 @@ def _half(value: float) -> Cell:
 
 def _seeds(row: Result) -> Cell:
     seeds, folds = (sorted({getattr(one, name) for one in row.repeats} - {None}) for name in ("seed", "fold"))
-    text = ", ".join(map(str, seeds)) + (f"; folds {', '.join(map(str, folds))}" if folds else "")
+    text = f"{len(seeds)} ({', '.join(map(str, seeds))})" + (f"; folds {', '.join(map(str, folds))}" if folds else "")
     return Cell(text, len(row.repeats))
 
 
