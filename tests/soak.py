@@ -83,7 +83,7 @@ def growth(samples: list[Sample]) -> dict[str, float]:
 
     Returns:
         For each figure, the growth of its median from the first quarter after the warm-up to the last quarter, and for
-        memory (``memory_slope``) the slope of a fitted line times the time between those quarters, all in MiB or counts.
+        memory (``memory_slope``) the slope of a fitted line times the time between those quarters, in MiB or counts.
     """
     steady = np.array(samples[int(WARM_UP * len(samples)) :], float)
     quarter = max(len(steady) // 4, 1)
