@@ -16,12 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-# For those forked from here. W&B imports the first at a run's start, which takes 0.3 s before torch and 1.7 s after it:
-# there pydantic looks for the source of each class in 5,000 modules (Python < 3.13).
-IMPORTED = (
-    *("wandb.sdk.launch.inputs.internal", "fer.experiment", "albumentations", "facenet_pytorch"),
-    *("matplotlib.pyplot", "scipy.stats"),
-)
+# For those forked from here.
+IMPORTED = ("fer.experiment", "albumentations", "facenet_pytorch", "matplotlib.pyplot", "scipy.stats")
 
 _started: list["subprocess.Popen[str]"] = []
 
