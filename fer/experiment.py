@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Before torch: W&B's start needs it, and pydantic (Python < 3.13) looks through every loaded module for each class there.
+# Before torch: W&B's start needs it, and pydantic (Python < 3.13) looks through every loaded module for its classes.
 import wandb.apis.public  # noqa: F401 - 0.3 s here, 1.7 s after torch
 
 # isort: split
