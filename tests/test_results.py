@@ -14,9 +14,9 @@ from fake_runs import write_run
 from scipy import stats
 
 from fer import report
-from fer.config import CONF
+from fer.config import CONF, USER_MISTAKE
 from fer.errors import UserError
-from fer.reporting import measured
+from fer.reporting import leaks, manual, measured, results, small
 from fer.reporting.manual import filled
 from fer.reporting.results import RECORDS, Result, load_results, record, save_results
 from fer.reporting.settings import setting_of
@@ -169,6 +169,26 @@ def test_a_folder_without_trainings_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "failed", status="failed", error="no reason")
     with pytest.raises(UserError, match="holds no finished training"):
         record([tmp_path], [])
+
+
+@pytest.mark.parametrize("module", [results, leaks, small], ids=lambda module: module.__name__)
+def test_commands_write_records_then_pages(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(manual, "write_pages", lambda: written.append("pages"))
+    monkeypatch.setattr("sys.argv", ["results", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as stop:
+        manual.from_runs(module.__doc__, module.update)
+    assert stop.value.code == USER_MISTAKE
+    assert capsys.readouterr().err.startswith(f"error: runs={tmp_path}/nowhere: no such folder")
+    monkeypatch.setattr("sys.argv", ["results", "--help"])
+    manual.from_runs(module.__doc__, module.update)
+    assert capsys.readouterr().out == f"{module.__doc__}\n"
+    assert written == []
+    monkeypatch.setattr("sys.argv", ["results", str(tmp_path)])
+    manual.from_runs(module.__doc__, lambda folders: written.extend(map(str, folders)))
+    assert written == [str(tmp_path), "pages"]
 
 
 def test_the_readme_is_what_the_summaries_give() -> None:

@@ -6,7 +6,6 @@ part), or both. Their figures go to docs/results/leaks.json, in the place of ear
 and from there to the page; without RUNS the page alone is written anew.
 """
 
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -231,21 +230,13 @@ def section(name: str, path: Path = RECORD) -> str:
     return one.body() if one.rows else "Not measured yet."
 
 
-def main() -> None:
-    """The command."""
-    if sys.argv[1:2] == ["--help"]:
-        print(__doc__)
-        return
-    from fer.reporting.manual import write_pages
-
-    try:
-        if sys.argv[1:]:
-            orders, selections = record([Path(name) for name in sys.argv[1:]], *load())
-            write_json(RECORD, {"orders": [*map(asdict, orders)], "selection": [*map(asdict, selections)]})
-        write_pages()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def update(folders: list[Path]) -> None:
+    """Record the runs under folders."""
+    orders, selections = record(folders, *load())
+    write_json(RECORD, {"orders": [*map(asdict, orders)], "selection": [*map(asdict, selections)]})
 
 
 if __name__ == "__main__":
-    main()
+    from fer.reporting.manual import from_runs  # which reads this module
+
+    from_runs(__doc__, update)

@@ -17,8 +17,9 @@ from typing import Any, cast
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from fer.config import CONF
-from fer.reporting import endurance, leaks, measured, reliability
+from fer.config import CONF, guarded
+from fer.errors import UserError
+from fer.reporting import endurance, leaks, measured, reliability, small
 from fer.reporting.claims import Claim, load_claims
 from fer.reporting.results import TRAIN, Result, load_results
 from fer.reporting.speed import section
@@ -260,17 +261,10 @@ WRITERS: dict[str, Callable[[str], str]] = {
     "differences": measured.differences_section,
     "leaks": leaks.section,
     "speed": section,
+    "small": small.section,
     "reliability": reliability.section,
     "endurance": endurance.section,
 }
-
-
-def main() -> None:
-    """The command."""
-    if sys.argv[1:]:
-        print(__doc__)
-        return
-    write_pages()
 
 
 def write_pages() -> None:
@@ -282,5 +276,31 @@ def write_pages() -> None:
             print(path)
 
 
+def from_runs(about: str | None, update: Callable[[list[Path]], None]) -> None:
+    """A command that puts the figures of run folders on the pages.
+
+    Args:
+        about: the command's docstring, its help.
+        update: reads the folders of the command line into docs/results; not called without any.
+    """
+    words = sys.argv[1:]
+    if {"--help", "-h"} & set(words):
+        print(about)
+        return
+
+    def work() -> None:
+        if words:
+            update([Path(word) for word in words])
+        write_pages()
+
+    guarded(work)
+
+
+def _no_folders(folders: list[Path]) -> None:
+    raise UserError(
+        f"{folders[0]} is one word too many: python -m fer.reporting.manual takes none, it writes all pages"
+    )
+
+
 if __name__ == "__main__":
-    main()
+    from_runs(__doc__, _no_folders)

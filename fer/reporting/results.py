@@ -8,7 +8,6 @@ values behind the setting have changed, of all older ones. Then the pages are wr
 """
 
 import hashlib
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -268,20 +267,12 @@ def _add_test(rows: dict[tuple[str, str], Result], network: dict[str, Any], resu
     return False
 
 
-def main() -> None:
-    """The command."""
-    if sys.argv[1:2] == ["--help"]:
-        print(__doc__)
-        return
-    from fer.reporting.manual import write_pages
-
-    try:
-        if sys.argv[1:]:
-            save_results(record([Path(name) for name in sys.argv[1:]], load_results()))
-        write_pages()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def update(folders: list[Path]) -> None:
+    """Record the runs under folders."""
+    save_results(record(folders, load_results()))
 
 
 if __name__ == "__main__":
-    main()
+    from fer.reporting.manual import from_runs  # which reads this module
+
+    from_runs(__doc__, update)

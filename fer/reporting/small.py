@@ -1,11 +1,11 @@
-"""``python -m fer.reporting.small RUNS``: docs/small.md, what the CPU-sized networks reach whole and without a block.
+"""``python -m fer.reporting.small RUNS...``: what the CPU-sized networks reach whole and without a block.
 
-RUNS is a folder of runs of ``sweep=ablations`` or of ``experiment=usual/...``. Their figures go to
-docs/results/small.json in the place of earlier ones, and from there to the page; without RUNS the page is written anew
-from the JSON.
+RUNS are folders with runs of ``sweep=ablations`` or of ``experiment=usual/...``. Their figures go to
+docs/results/small.json in the place of earlier ones, and from there to docs/small.md and the networks' pages; without
+RUNS only the pages are written anew.
 """
 
-import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from scipy.stats import binomtest
 
 from fer.config import CONF, compose_like_hydra
 from fer.errors import UserError
+from fer.reporting.collect import find_runs
 from fer.reporting.tables import MINUS
-from fer.runs import read_json, write_json, write_text
+from fer.runs import RunFolder, read_json, write_json
 
-DOCS = CONF.parent / "docs"
-RECORD, PAGE = DOCS / "results" / "small.json", DOCS / "small.md"
+RECORD = CONF.parent / "docs" / "results" / "small.json"
 EXPERIMENTS = CONF / "experiment"
 SMALL, WITHOUT, USUAL = "small", "without", "usual"  # its folders
 SHARED = f"{SMALL}/_common"
@@ -28,49 +28,6 @@ START = "start_from=<folder of experiment=small/...>"
 DECIDES = ("seed", "split_seed", "protocol", "loss", "mix", "optim", "model", "data", "trainer")
 FROM_THE_DATA = ("model.class_names", "data.class_names", "data.root", "data.cache", "trainer.enable_progress_bar")
 ABOUT_THE_PLACE = ("hydra.", "fresh=", "logger=", "trainer.enable_progress_bar=")  # words that move no figure
-
-HEAD = """# Every network on one CPU thread, whole and without each of its blocks
-
-    python -m fer.train experiment=usual/timm             # one network on the usual drawn faces
-    python -m fer.train sweep=ablations                   # all of the second table, on easier faces
-    python -m fer.train experiment=without/convcut_detail # a network of it without a block
-
-Each network is the class and the YAML of `conf/model/`, made narrow, shallow and small. The figures are in
-`results/small.json`; `python -m fer.reporting.small` makes this page from them.
-
-## On the usual faces
-
-Drawn faces as `data=synthetic` gives them: expressions from half intensity on, a tenth of the faces covered in part,
-poses and light over their usual spread, {n} test images of people nobody has trained on. Of the model's options only
-widths, depths and sizes differ from `conf/model/`; weights are random (`pretrained=false`), so learning rates that
-spare published ones are off, and inputs are centred. What trains, `conf/experiment/usual/` says; where it says
-`tta: flip`, each test image is also read mirrored. Transformers from random weights need very many images to find out
-where in a face to look, so where the command says `start_from`, the network begins with the weights of its run of the
-second table, on easier faces of the same training people, whose cost comes on top. Not run on these faces
-yet: {missing}.
-
-"""
-ABLATIONS = """
-## Without each block, on easier faces
-
-Shared by all: {shared}.
-
-These faces are easier, so that 28 runs cost an hour: clear expressions, nothing covered, half the spread of pose and
-light or, where a row names `data.pose` or `data.light`, less. So the rows do not rank the networks.
-
-"""
-READING = """
-In both tables: accuracy on drawn faces of people that were not trained on ({n} here), the epoch chosen on a
-validation part; in brackets Wilson's 95 % interval. A drop is the whole network's accuracy less that without the block,
-in percentage points; bold where the figure without the block lies outside the whole network's interval.
-
-How to read this: the second table shows that every network learns and that its blocks can be taken out, not what the
-blocks are worth. It is one seed, so nothing is known of how far a figure moves by itself; a drop inside the interval is
-no evidence that a block helps, nor is a negative one that it harms; with so many comparisons some fall outside by
-chance; and networks this small, trained this briefly on drawn faces, need not rank blocks as full ones on photographs
-do. A network may also merely learn slower without a block, since the epochs are those chosen for the whole one:
-Conv-cut without detail extraction was at 40 % of its training images when they ended.
-"""
 
 
 def flat(config: Any, prefix: str = "") -> list[str]:
@@ -119,9 +76,9 @@ def _settled(plain: dict[str, Any]) -> dict[str, str]:
     return {key: value for key, _, value in (word.partition("=") for word in words) if key not in FROM_THE_DATA}
 
 
-def experiment_of(folder: Path, results: dict[str, Any]) -> str | None:
+def experiment_of(folder: RunFolder, results: dict[str, Any]) -> str | None:
     """The experiment whose values a run has, whatever its command line; options that came later have no say."""
-    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    config = OmegaConf.to_container(OmegaConf.load(folder.config))
     assert isinstance(config, dict)
     own = _settled({str(key): value for key, value in config.items()})
     for path in sorted(EXPERIMENTS.glob("*/*.yaml")):
@@ -133,20 +90,22 @@ def experiment_of(folder: Path, results: dict[str, Any]) -> str | None:
     return None
 
 
-def record(runs: Path, before: dict[str, Any]) -> dict[str, Any]:
+def record(runs: Sequence[Path], before: dict[str, Any]) -> dict[str, Any]:
     """The figures of all finished runs of these experiments.
 
     Args:
-        runs: A folder with run folders under it.
-        before: What this returned earlier; its runs stay where there are no newer ones.
+        runs: folders with run folders under them.
+        before: what this returned earlier; its runs stay where there are no newer ones.
 
     Raises:
-        UserError: There is none of them.
+        UserError: there is none of them.
     """
     found = {}
-    for path in sorted(runs.rglob("results.json")):
-        results = read_json(path)
-        name = experiment_of(path.parent, results) if results["data"] == "synthetic" else None
+    finished = [folder for folder in map(RunFolder, find_runs(runs)) if folder.results.exists()]
+    for folder in finished:
+        results = read_json(folder.results)
+        trained = results["data"] == "synthetic" and "evaluation" not in results
+        name = experiment_of(folder, results) if trained else None
         if name is None:
             continue
         right = sum(row[i] for i, row in enumerate(results["confusion"]["test"]))
@@ -166,7 +125,8 @@ def record(runs: Path, before: dict[str, Any]) -> dict[str, Any]:
             ),
         }
     if not found:
-        raise UserError(f"{runs} holds no finished run of experiment=small/..., without/... or usual/...")
+        named = ", ".join(map(str, runs))
+        raise UserError(f"{named}: no finished run of experiment=small/..., without/... or usual/... there")
     found = {**before["runs"], **found}
     asked = [
         f"{folder}/{path.stem}"
@@ -178,39 +138,57 @@ def record(runs: Path, before: dict[str, Any]) -> dict[str, Any]:
     return {"shared": overrides_of(SHARED), "runs": found, "not_run": missing}
 
 
-def page(figures: dict[str, Any]) -> str:
-    """The Markdown of what `record` returns."""
-    runs = figures["runs"]
-    usual = {name: run for name, run in runs.items() if name.startswith(f"{USUAL}/")}
+def section(faces: str) -> str:
+    """The table of the networks on the ``usual`` faces, or whole and without a block on ``easier`` ones."""
+    return {"usual": usual, "easier": easier}[faces](read_json(RECORD))
+
+
+def usual(figures: dict[str, Any]) -> str:
+    """The Markdown of the networks on the usual faces.
+
+    Args:
+        figures: what `record` returns.
+    """
+    runs = {name: run for name, run in figures["runs"].items() if name.startswith(f"{USUAL}/")}
     lines = ["| network | command | accuracy | core-minutes | parameters |", "|---|---|---:|---:|---:|"]
-    for name, run in sorted(usual.items()):
+    for name, run in sorted(runs.items()):
         words = f"`experiment={name}`" + (" `start_from=...`" if START in run["command"] else "")
         lines.append(
             f"| `{run['model']}` | {words} | {_accuracy(run)} | {run['core_minutes']:.1f} | {run['parameters']:,} |"
         )
-    models = {run["model"] for name, run in runs.items() if name.startswith(f"{SMALL}/")}
-    missing = ", ".join(f"`{model}`" for model in sorted(models - {run["model"] for run in usual.values()})) or "none"
-    head = HEAD.format(n=_sizes(usual), missing=missing) + "\n".join(lines) + "\n"
+    models = {run["model"] for name, run in figures["runs"].items() if name.startswith(f"{SMALL}/")}
+    missing = ", ".join(f"`{model}`" for model in sorted(models - {run["model"] for run in runs.values()})) or "none"
+    return "\n".join([*lines, "", f"{_sizes(runs)} test images. Not run on these faces yet: {missing}."])
+
+
+def easier(figures: dict[str, Any]) -> str:
+    """The Markdown of the networks on easier faces, each whole and without each of its blocks.
+
+    Args:
+        figures: what `record` returns.
+    """
+    runs = {name: run for name, run in figures["runs"].items() if not name.startswith(f"{USUAL}/")}
+    shared = ", ".join(f"`{word}`" for word in figures["shared"])
     lines = [
+        f"Shared by all: {shared}.",
+        "",
         "| network | what differs | accuracy | drop | core-minutes | parameters |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    easier = {name: run for name, run in runs.items() if name not in usual}
-    for name, whole in sorted(easier.items()):
+    for name, whole in sorted(runs.items()):
         if not name.startswith(f"{SMALL}/"):
             continue
         low, high = _interval(whole)
         lines.append(_row(f"`{whole['model']}`", whole, ""))
-        for other, run in sorted(easier.items()):
+        for other, run in sorted(runs.items()):
             if run["model"] == whole["model"] and other.startswith(f"{WITHOUT}/"):
                 share = run["right"] / run["n"]
                 drop = f"{100 * (whole['right'] / whole['n'] - share):.1f}".replace("-", MINUS)
                 lines.append(_row(f"without {block_of(other)}", run, drop if low <= share <= high else f"**{drop}**"))
-    shared = ", ".join(f"`{word}`" for word in figures["shared"])
+    lines += ["", f"{_sizes(runs)} test images."]
     if figures["not_run"]:
-        lines += ["", f"Not run: {', '.join(f'`{name}`' for name in figures['not_run'])}."]
-    tables = ABLATIONS.format(shared=shared) + "\n".join(lines) + "\n"
-    return head + tables + READING.format(n=_sizes(easier))
+        lines[-1] += f" Not run: {', '.join(f'`{name}`' for name in figures['not_run'])}."
+    return "\n".join(lines)
 
 
 def _sizes(runs: dict[str, Any]) -> str:
@@ -233,19 +211,12 @@ def _row(name: str, run: dict[str, Any], drop: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
-    """The command."""
-    if len(sys.argv) > 2 or sys.argv[1:2] == ["--help"]:
-        print(__doc__)
-        return
-    try:
-        if sys.argv[1:]:
-            write_json(RECORD, record(Path(sys.argv[1]), read_json(RECORD)))
-        write_text(PAGE, page(read_json(RECORD)))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(PAGE)
+def update(folders: list[Path]) -> None:
+    """Record the runs under folders."""
+    write_json(RECORD, record(folders, read_json(RECORD)))
 
 
 if __name__ == "__main__":
-    main()
+    from fer.reporting.manual import from_runs  # which reads this module
+
+    from_runs(__doc__, update)
