@@ -28,7 +28,7 @@ Window = Any  # steps -> Times
 def measure(bench: Bench) -> list[Row]:
     """Rows of each comparison."""
     quieten()
-    return [*_beside_timm(bench), *_settings(bench), *_fused(bench), _compiled(bench)]
+    return [*_beside_timm(bench), *_settings(bench), *_fused(bench), *_compiled(bench)]
 
 
 def _words(bench: Bench, model: str) -> list[str]:
@@ -144,16 +144,16 @@ def _descend(optimizer: torch.optim.Optimizer, steps: int) -> Times:
     return times
 
 
-def _compiled(bench: Bench) -> Row:
-    model = bench.options["compiled"]
-    config = composed(*_words(bench, model))
-    module, data = prepared(config)
-    eager = by_hand(twin(module), data, bf16=True)
-    compiled = twin(module)
-    compiled.network.compile()
-    with timed() as times:
-        window = by_hand(compiled, data, bf16=True)
-    steps, _ = steps_for(bench.options["window_seconds"], eager)
-    windows = interleave({"compiled": partial(window, steps), "eager": partial(eager, steps)}, bench.windows)
-    note = f"compiled in {times.wall:.0f} s, which is not in it"
-    return compare(f"`{model}`, `trainer.compile`", windows, "compiled", "eager", note=note)
+def _compiled(bench: Bench) -> Iterator[Row]:
+    for model in bench.options["compiled"]:
+        module, data = prepared(composed(*_words(bench, model)))
+        bf16 = "bf16" in str(module.trainer.precision)
+        eager = by_hand(twin(module), data, bf16=bf16)
+        compiled = twin(module)
+        compiled.network.compile()
+        with timed() as times:
+            window = by_hand(compiled, data, bf16=bf16)
+        steps, _ = steps_for(bench.options["window_seconds"], eager)
+        windows = interleave({"compiled": partial(window, steps), "eager": partial(eager, steps)}, bench.windows)
+        note = f"compiled in {times.wall:.0f} s, which is not in it"
+        yield compare(f"`{model}`, `trainer.compile`", windows, "compiled", "eager", note=note)
