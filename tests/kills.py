@@ -2,6 +2,7 @@
 
     python tests/kills.py forked 200 kills.json 0      children of a process that has imported everything; a seed
     python tests/kills.py command 20 kills.json 0      `python -m fer.train` itself
+    python tests/kills.py gpu 20 kills.json 0          the same on a GPU, by deterministic kernels
     python tests/kills.py workers 40 kills.json 0      data workers of such children
     python tests/kills.py syscalls 0 kills.json 0      strace lets each system call of a saving fail, or kills there
 
@@ -27,7 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,6 +49,7 @@ from fer.runs import RunFolder
 WORDS = [*TINY, "logger=csv", "model.width=4", "data.train=84", "data.val=21", "data.test=21", "data.batch_size=10"]
 WORDS += ["trainer.max_epochs=3", "trainer.checkpoint_steps=2", "trainer.precision=32-true", "data.eval_batch_size=7"]
 WORDS += ["trainer.weight_ema=0.8"]  # validated and kept is an average, which is in the checkpoint too
+ON_GPU = [word for word in WORDS if word != "trainer=cpu"] + ["trainer=gpu", "trainer.deterministic=true"]
 STEPS = 24
 PHASES = ("start", "step", "validation", "checkpoint", "other file", "test", "store")
 KILLS_PER_TRAINING = 10
@@ -348,23 +350,26 @@ def kill_workers(kills: int, seed: int, place: Path) -> dict[str, Any]:
     return summary(phases, lost, trainings, reference) | times
 
 
-def kill_commands(kills: int, seed: int, place: Path) -> dict[str, Any]:
-    """The same with `python -m fer.train`, killed after a random number of steps."""
+def kill_commands(kills: int, seed: int, place: Path, config: list[str] = WORDS) -> dict[str, Any]:
+    """The same with `python -m fer.train` and this config, killed after a random number of steps."""
     draw = random.Random(seed)
-    reference, _ = prepare(place)
     phases: Counter[str] = Counter()
     lost: list[int] = []
     trainings = 0
     environment = {**os.environ, "FER_CACHE": str(place / "store"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fer.train"]
+    whole = [*command, *config, f"hydra.run.dir={place / 'uninterrupted'}"]
+    subprocess.run(whole, env=environment, stdout=subprocess.DEVNULL, cwd=place, check=True)
+    reference = weights(place / "uninterrupted")
     while sum(phases.values()) < kills:
         folder = place / f"run{trainings}"
         for death in range(5):
             before, step = len(logged(folder)), saved_step(folder)
-            words = [f"resume={folder}"] if death % 2 and step else [*WORDS, f"hydra.run.dir={folder}"]
+            words = [f"resume={folder}"] if death % 2 and step else [*config, f"hydra.run.dir={folder}"]
             ending = death == 4 or sum(phases.values()) == kills
             target = STEPS + 1 if ending else before + draw.randint(1, 7)
             process = subprocess.Popen(
-                [sys.executable, "-m", "fer.train", *words],
+                [*command, *words],
                 env=environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -457,10 +462,14 @@ def main() -> None:
     way, kills, output, seed = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     with tempfile.TemporaryDirectory() as place:
         os.environ["FER_CACHE"] = str(Path(place) / "store")
-        work = {"forked": kill_trainings, "command": kill_commands, "workers": kill_workers, "syscalls": inject_faults}[
-            way
-        ]
-        found = work(kills, seed, Path(place))
+        ways = {
+            "forked": kill_trainings,
+            "command": kill_commands,
+            "gpu": partial(kill_commands, config=ON_GPU),
+            "workers": kill_workers,
+            "syscalls": inject_faults,
+        }
+        found = ways[way](kills, seed, Path(place))
     record = json.loads(output.read_text()) if output.exists() else {}
     record.setdefault(way, []).append({"seed": seed, **found})  # a part of the whole, which may come in several
     output.write_text(json.dumps(record, indent=1) + "\n")

@@ -72,6 +72,14 @@ def test_killed_trainings_go_on_to_the_same_weights(place: Path, reference: str)
     assert max(map(int, found["steps_lost"])) <= found["steps_between_checkpoints"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="resume on a GPU, bitwise: there is none here")
+def test_a_command_killed_on_a_gpu_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    found = kills.kill_commands(4, 0, tmp_path, kills.ON_GPU)
+    assert found["kills"] == 4
+    assert found["identical"] == found["trainings"] > 0
+
+
 def test_a_killed_command_goes_on_to_the_same_weights(place: Path, reference: str) -> None:
     folder = place / "command"
     words = [sys.executable, "-m", "fer.train", *WORDS, f"hydra.run.dir={folder}"]
