@@ -23,7 +23,7 @@ SMALL = sorted(path.stem for path in (FOLDER / "small").glob("*.yaml") if path.s
 WITHOUT = sorted(path.stem for path in (FOLDER / "without").glob("*.yaml"))
 
 USUAL = sorted(path.stem for path in (FOLDER / "usual").glob("*.yaml") if path.stem in MODELS)
-BEGUN = ["posterpp", "two_stream", "vit"]  # with the weights of their run on easier faces
+BEGUN = ["posterpp", "resattn_vit", "swin", "two_stream", "vit"]  # with the weights of their run on easier faces
 # What a small network may change of conf/model: widths, depths, sizes of images and of what is measured in pixels or
 # cells; and what goes with random weights and a short training: input centred, no published weights nor learning rates
 # that spare them, the detector's epochs.
