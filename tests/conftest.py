@@ -1,23 +1,42 @@
 """Shared parts of the tests: composed configs, and the real command line in a subprocess."""
 
+import atexit
 import functools
+import gc
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import wandb.apis.public  # noqa: F401 - before torch, as in fer/experiment.py
 from commands import call
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigSource
 from omegaconf import DictConfig
 
 from fer.config import CONF, compose_like_hydra
 from fer.sweep import Plan, plan
+
+# What imports make stays until the end; looking through it for garbage again and again costs a tenth of the time.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)  # or libraries complain of leaks
+
 
 # A run of seconds: few small faces, a tiny network, one thread.
 TINY = [
@@ -45,14 +64,37 @@ def composed(*overrides: str, command: str = "train") -> DictConfig:
     """
     files = [word for word in overrides if "@" in word or (CONF / word.lstrip("+~").partition("=")[0]).is_dir()]
     config = pickle.loads(_merged(command, tuple(files)))
-    values = OverridesParser.create().parse_overrides([word for word in overrides if word not in files])
-    ConfigLoaderImpl._apply_overrides_to_config(values, config)
+    apply([word for word in overrides if word not in files], config)
     HydraConfig.instance().set_config(config)
     del_hydra = config.copy()
     del_hydra._set_flag("struct", False)
     del del_hydra["hydra"]
     del_hydra._set_flag("struct", True)
     return del_hydra
+
+
+def apply(words: list[str], config: DictConfig) -> None:
+    """Set values as Hydra does."""
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(words), config)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _parsed_once() -> Iterator[None]:
+    """Hydra parses each file of conf/ and of its own once: a third of the time that 400 compositions take."""
+    known: dict[tuple[str, str], bytes] = {}
+    Plugins.instance()  # registers the sources
+    with pytest.MonkeyPatch.context() as patch:
+        for source in map(SourcesRegistry.instance().resolve, ("file", "pkg")):
+
+            def again(self: ConfigSource, config_path: str, load: Any = source.load_config) -> Any:
+                if self.path not in (str(CONF), "hydra.conf"):
+                    return load(self, config_path)
+                if (self.path, config_path) not in known:
+                    known[self.path, config_path] = pickle.dumps(load(self, config_path))
+                return pickle.loads(known[self.path, config_path])
+
+            patch.setattr(source, "load_config", again)
+        yield
 
 
 @functools.cache
@@ -84,6 +126,11 @@ def _environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", os.devnull)
     monkeypatch.setenv("COLUMNS", "200")
+
+
+def leave_out_pictures(patch: pytest.MonkeyPatch) -> None:
+    """Runs draw no confusion matrices, as dear as ten steps each; others do, and tests look at those."""
+    patch.setattr("fer.callbacks.confusion_figure", lambda *_: SimpleNamespace(savefig=lambda *_, **__: None))
 
 
 def train(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -4,13 +4,12 @@ import shlex
 
 import pytest
 import torch
-from conftest import composed
+from conftest import apply, composed, planned
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fer.config import CONF, argument_problems, compose_like_hydra
+from fer.config import CONF, argument_problems
 from fer.models.base import ExpressionModule
-from fer.sweep import plan
 
 JOBS = {  # of the full form and of the small one
     "cbam_placement": (5, 5),
@@ -29,7 +28,7 @@ def jobs_of(sweep: str, form: str) -> list[list[str]]:
     head = (CONF / "sweep" / f"{sweep}.yaml").read_text().splitlines()
     full, small = (line.removeprefix("#").strip() for line in head if "python -m fer.train" in line)
     words = shlex.split(small if form == "small" else full)[3:]
-    return list((plan(compose_like_hydra("train", words), words).jobs or {}).values())
+    return list((planned(*words).jobs or {}).values())
 
 
 def test_every_ablation_is_on_the_page() -> None:
@@ -41,16 +40,19 @@ def test_every_ablation_is_on_the_page() -> None:
 def test_every_job_is_another_network_or_loss_that_can_be_built(sweep: str, form: str) -> None:
     jobs = jobs_of(sweep, form)
     assert len(jobs) == JOBS[sweep][form == "small"]
+    (shared,) = {tuple(word for word in words if not word.startswith(("model.", "data.root="))) for words in jobs}
+    config = composed(*shared)
+    assert argument_problems({"data": OmegaConf.to_container(config.data, resolve=True)}) == []
     found = set()
     for words in jobs:
-        config = composed(*(word for word in words if not word.startswith("data.root=")))
-        plain = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(plain, dict)
-        assert argument_problems({key: plain[key] for key in ("data", "model")}) == []
-        found.add(str(plain["model"]))
+        apply([word for word in words if word.startswith("model.")], config)  # each sets all that any sets
+        model = OmegaConf.to_container(config.model, resolve=True)
+        assert isinstance(model, dict)
+        assert argument_problems({"model": model}) == []
+        found.add(str(model))
         if form == "small":
             with torch.device("meta"):
-                names = plain["model"]["class_names"] or [f"class {k}" for k in range(7)]
-                module = instantiate(OmegaConf.create({**plain["model"], "class_names": names}))
+                names = model["class_names"] or [f"class {k}" for k in range(7)]
+                module = instantiate(OmegaConf.create({**model, "class_names": names}))
             assert isinstance(module, ExpressionModule)
     assert len(found) == len(jobs)

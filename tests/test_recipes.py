@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, composed
+from conftest import TINY, composed, leave_out_pictures
 from fakes import write_affectnet
 from hydra.utils import instantiate
 from model_builds import SEVEN, cheap
@@ -253,6 +253,7 @@ def averaged(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     folder = tmp_path_factory.mktemp("averaged")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FER_CACHE", str(cache))
+        leave_out_pictures(patch)
         run_experiment(composed(*AVERAGED), folder)
     return folder
 
@@ -297,6 +298,7 @@ def test_mixed_and_averaged_runs_resume_bitwise(
         patch.setattr(ExpressionModule, "training_step", killed)
         with pytest.raises(SystemExit):
             run_experiment(composed(*words), tmp_path)
+    leave_out_pictures(monkeypatch)
     assert load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 8
     run_experiment(composed(*words), tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["resumed_from_step"] == 8
@@ -334,6 +336,7 @@ def test_a_multi_task_run_learns_its_layer_and_its_weights_load_elsewhere(tmp_pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ExpressionModule, "training_step", watched)
+        leave_out_pictures(patch)
         run_experiment(composed(*words, "mix.off_last_epochs=0"), tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(seen) == 2 * results["steps"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, composed
+from conftest import TINY, composed, leave_out_pictures
 from soak import MEMORY, STEPS_PER_EPOCH, WARM_UP, Sample, growth, problems, sample
 
 from fer.callbacks import Curves
@@ -29,6 +29,7 @@ def test_no_epoch_leaves_anything_behind(leak: bool, tmp_path: Path, monkeypatch
             threading.Thread(target=stop.wait, daemon=True).start()
         seen.append(sample(os.getpid()))
 
+    leave_out_pictures(monkeypatch)
     monkeypatch.setattr(Curves, "on_train_epoch_end", watched)
     words = [*TINY, "logger=csv", f"data.train={4 * STEPS}", "data.batch_size=4", "data.resident=no"]
     words += ["data.num_workers=1", "trainer.checkpoint_steps=4", f"trainer.max_epochs={epochs}", "model.image_size=32"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, composed
+from conftest import TINY, composed, leave_out_pictures
 from hydra.utils import instantiate
 
 from fer.errors import UserError
@@ -71,6 +71,7 @@ def test_no_run_and_another_run_are_refused(whole, tmp_path):
 def test_a_run_that_begins_with_another_s_weights(whole, cache, monkeypatch, tmp_path):
     """No step at all leaves them as they were, so the figures are the earlier run's."""
     monkeypatch.setenv("FER_CACHE", str(cache))
+    leave_out_pictures(monkeypatch)
     words = [*TINY, "logger=csv", f"start_from={whole}", "optim.optimizer.lr=0.0", "optim.optimizer.weight_decay=0.0"]
     run_experiment(composed(*words, "trainer.max_epochs=1"), tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -11,7 +11,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, composed
+from conftest import TINY, composed, leave_out_pictures
 from torch import Tensor, nn
 
 from fer.callbacks import Randomness
@@ -511,7 +511,8 @@ def test_a_run_stops_and_its_last_checkpoint_is_good(tmp_path: Path, nan_in_row:
     assert all(value.isfinite().all() for value in last["state_dict"].values() if value.is_floating_point())
 
 
-def test_a_run_that_skips_says_so(tmp_path: Path, nan_in_row: int) -> None:
+def test_a_run_that_skips_says_so(tmp_path: Path, nan_in_row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_pictures(monkeypatch)
     run(tmp_path / "run", "trainer.on_nan=skip")
     record = json.loads((tmp_path / "run/results.json").read_text())
     assert (record["skipped_steps"], record["steps"], record["micro_batch"]) == (1, 4, None)
