@@ -24,7 +24,7 @@ from fer.reporting.claims import Claim, load_claims
 from fer.reporting.results import TRAIN, Result, load_results
 from fer.reporting.speed import section
 from fer.reporting.tables import DASH, markdown
-from fer.runs import read_json, write_text
+from fer.runs import write_text
 
 ROOT = CONF.parent
 DOCS = ROOT / "docs"
@@ -133,28 +133,12 @@ def recipes(model: str) -> str:
         about = [line for line in head if line not in commands and not line.startswith("@")]
         code = "\n".join(f"    {re.sub('  +', '   # ', line.partition(' (or:')[0].strip())}" for line in commands)
         out.append(f"### `{name}`\n\n{code}\n\n{' '.join(about)}\n\n{_measured(name)}")
-    return "\n\n".join([*out, _small(model)])
+    return "\n\n".join([*out, small.network(model)])
 
 
 def _head(path: Path) -> list[str]:
     lines = path.read_text().splitlines()
     return lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
-
-
-def _small(model: str) -> str:
-    """What the network's small form reached on drawn faces."""
-    name = f"small/{model}"
-    run = read_json(RECORDS / "small.json")["runs"].get(name)
-    about = "The same network, small enough for one CPU thread"
-    if run is None:
-        about += f", {_NOT_MEASURED}."
-    else:
-        share, cost = 100 * run["right"] / run["n"], run["core_minutes"]
-        about += f". **Measured here:** {share:.1f} % of {run['n']} drawn faces, one seed, {cost:.1f} core-minutes."
-    return (
-        f"### `{name}`\n\n    python -m fer.train experiment={name}\n\n{about} Without each of its blocks: "
-        "[small networks](../small.md)."
-    )
 
 
 def _measured(experiment: str) -> str:

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from fer.config import CONF, compose_like_hydra
 from fer.errors import UserError
 from fer.reporting.collect import find_runs
-from fer.reporting.tables import MINUS
+from fer.reporting.tables import MINUS, together
 from fer.runs import RunFolder, read_json, write_json
 
 RECORD = CONF.parent / "docs" / "results" / "small.json"
@@ -191,6 +191,24 @@ def easier(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def network(model: str) -> str:
+    """The Markdown of what a network's small form reached, for its own page."""
+    runs = read_json(RECORD)["runs"]
+    lines = [f"### `{SMALL}/{model}`", "", f"    python -m fer.train experiment={SMALL}/{model}", ""]
+    lines += ["The same network, small enough for one CPU thread: accuracy on drawn faces, one seed.", ""]
+    for folder, faces in ((SMALL, "easier faces"), (USUAL, "usual faces")):
+        run = runs.get(f"{folder}/{model}")
+        if run is None:
+            lines.append(f"- {faces}, `experiment={folder}/{model}`: not measured here")
+        else:
+            cost = f"{run['core_minutes']:.1f} core-minutes"
+            start = f" `{START.partition('=')[0]}=...`" if START in run["command"] else ""
+            lines.append(
+                f"- {faces}, `experiment={folder}/{model}`{start}: **{_accuracy(run)}**, n = {run['n']:,}, {cost}"
+            )
+    return "\n".join([*lines, "", "Without each of its blocks: [small networks](../small.md)."])
+
+
 def _sizes(runs: dict[str, Any]) -> str:
     return " or ".join(sorted({f"{run['n']:,}" for run in runs.values()})) or "no"
 
@@ -202,7 +220,8 @@ def _interval(run: dict[str, Any]) -> tuple[float, float]:
 
 def _accuracy(run: dict[str, Any]) -> str:
     low, high = _interval(run)
-    return f"{100 * run['right'] / run['n']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    share = f"{100 * run['right'] / run['n']:.1f} %"
+    return f"{together(share)} {together(f'({100 * low:.1f} to {100 * high:.1f})')}"
 
 
 def _row(name: str, run: dict[str, Any], drop: str) -> str:

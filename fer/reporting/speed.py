@@ -3,6 +3,7 @@
 from typing import Any
 
 from fer.config import CONF
+from fer.reporting.tables import together
 from fer.runs import read_json
 
 RECORDS = CONF.parent / "docs" / "results" / "speed"
@@ -11,7 +12,7 @@ COLUMNS = ("what", "measured", "beside", "baseline", "figure", "quartiles", "95 
 
 def table(rows: list[Any]) -> str:
     """Rows as a Markdown table, a note under those that have one."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---:|---|---:|---:|---:|---:|---:|---|---|"]
+    lines = [f"| {' | '.join(map(together, COLUMNS))} |", "|---|---:|---|---:|---:|---:|---:|---:|---|---|"]
     for row in rows:
         unit = row["unit"]
         beside = [row["baseline"] or "", "" if row["baseline"] is None else f"{number(row['baseline_value'])} {unit}"]
@@ -29,7 +30,7 @@ def table(rows: list[Any]) -> str:
             row["goal"] or "",
             verdict,
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([cells[0], *map(together, cells[1:])])} |")
     return "\n".join(lines)
 
 

@@ -14,6 +14,11 @@ import pandas as pd
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
+def together(text: str) -> str:
+    """The text, not to be broken into lines."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
 class Cell(NamedTuple):
     """What is shown, and what is sorted by."""
 
