@@ -23,13 +23,14 @@ SMALL = sorted(path.stem for path in (FOLDER / "small").glob("*.yaml") if path.s
 WITHOUT = sorted(path.stem for path in (FOLDER / "without").glob("*.yaml"))
 
 USUAL = sorted(path.stem for path in (FOLDER / "usual").glob("*.yaml") if path.stem in MODELS)
-BEGUN = ["posterpp", "resattn_vit", "swin", "two_stream", "vit"]  # with the weights of their run on easier faces
+# Those that begin with the weights of their run on easier faces.
+BEGUN = ["convcut", "posterpp", "resattn_vit", "swin", "two_stream", "vit"]
 # What a small network may change of conf/model: widths, depths, sizes of images and of what is measured in pixels or
-# cells; and what goes with random weights and a short training: input centred, no published weights nor learning rates
-# that spare them, the detector's epochs.
+# cells, to which belongs where Conv-cut has four tokens for its attention; and what goes with random weights and a short
+# training: input centred, no published weights nor learning rates that spare them, the detector's epochs.
 SIZES = {
     *("image_size", "width", "layers", "dim", "depth", "heads", "hidden", "blocks", "landmark_blocks", "backbone"),
-    *("truncate", "windows", "grid", "arguments", "anchor", "organ_crop", "face_crop", "proposals"),
+    *("truncate", "windows", "grid", "arguments", "anchor", "organ_crop", "face_crop", "proposals", "attention_at"),
 }
 BY_TRAINING = {"pretrained", "mean", "std", "backbone_lr", "layer_decay", "detector_epochs"}
 
@@ -105,7 +106,7 @@ def under(prefix: str, parameters: set[str]) -> set[str]:
 
 
 def test_every_model_has_a_small_variant() -> None:
-    assert set(SMALL) == set(MODELS) == set(BLOCKS)
+    assert set(SMALL) == set(USUAL) == set(MODELS) == set(BLOCKS)
     assert set(WITHOUT) == set(GONE)
 
 
