@@ -26,8 +26,8 @@ USUAL = sorted(path.stem for path in (FOLDER / "usual").glob("*.yaml") if path.s
 # Those that begin with the weights of their run on easier faces.
 BEGUN = ["convcut", "posterpp", "resattn_vit", "swin", "two_stream", "vit"]
 # What a small network may change of conf/model: widths, depths, sizes of images and of what is measured in pixels or
-# cells, to which belongs where Conv-cut has four tokens for its attention; and what goes with random weights and a short
-# training: input centred, no published weights nor learning rates that spare them, the detector's epochs.
+# cells, to which belongs where Conv-cut has four tokens for its attention; and what goes with random weights and few
+# epochs: input centred, no published weights nor learning rates that spare them, the detector's epochs.
 SIZES = {
     *("image_size", "width", "layers", "dim", "depth", "heads", "hidden", "blocks", "landmark_blocks", "backbone"),
     *("truncate", "windows", "grid", "arguments", "anchor", "organ_crop", "face_crop", "proposals", "attention_at"),
