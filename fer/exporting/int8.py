@@ -72,6 +72,10 @@ def quantise(path: Path, target: Path, image: Array) -> Method:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
         if method == "dynamic":
+            # Some weights are transposed in their place, against the shapes that the preparation noted for them.
+            model = onnx.load(prepared)
+            model.graph.ClearField("value_info")
+            onnx.save(model, prepared)
             quantize_dynamic(
                 prepared, target, per_channel=True, reduce_range=True, op_types_to_quantize=["MatMul", "Gemm"]
             )
