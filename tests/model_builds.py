@@ -19,8 +19,8 @@ CHEAP = {
     "multiscale_region": [
         *["backbone=test_resnet", "image_size=64", "width=16", "proposals=8", "score=0.1", "detector_epochs=0"],
     ],
-    "posterpp": ["blocks=[1,1,1]", "dim=32", "depth=1"],
-    "two_stream": ["backbone=test_vit", "image_size=64", "dim=32", "depth=1"],
+    "posterpp": ["blocks=[1,1,1]", "dim=32", "depth=1", "width=16", "landmark_blocks=[1,1,1]"],
+    "two_stream": ["backbone=test_vit", "image_size=64", "dim=32", "depth=1", "width=16", "landmark_blocks=[1,1,1]"],
     "cbam_resnet": ["width=32", "layers=[1,1,1,1]"],
     "convcut": ["backbone=convnext_atto", "truncate=2", "image_size=96"],
     "resattn_vit": [
@@ -30,6 +30,7 @@ CHEAP = {
     "vit": ["backbone=test_vit", "image_size=64"],
     "swin": ["image_size=64", "arguments.embed_dim=16", "arguments.depths=[1,1,2,1]", "arguments.window_size=2"],
 }
+PUBLISHED = ["width=64", "landmark_blocks=[4,6,2]"]  # of the two, what weights from elsewhere fit
 HEAVY = {"posterpp", "two_stream"}  # not to be made small: minutes of CPU time to learn anything
 
 

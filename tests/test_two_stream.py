@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from model_builds import EIGHT, batch_of, build, cheap, images, neighbour_dependence, parameter_count
+from model_builds import EIGHT, PUBLISHED, batch_of, build, cheap, images, neighbour_dependence, parameter_count
 from torch import nn
 from torch.nn import functional as F
 
@@ -151,7 +151,7 @@ def test_landmark_stream_sees_the_pixels():
 
 
 def test_frozen_landmarks_stay(landmark_ckpt):
-    module = cheap("two_stream", f"landmark_ckpt={landmark_ckpt}").train()
+    module = cheap("two_stream", *PUBLISHED, f"landmark_ckpt={landmark_ckpt}").train()
     checksum = hashlib.sha256(landmark_ckpt.read_bytes()).hexdigest()
     assert module.weights == f"random; landmarks: mobilefacenet.tar sha256:{checksum}, frozen"
     before = {name: value.clone() for name, value in module.network.landmarks.state_dict().items()}
@@ -172,19 +172,19 @@ def test_frozen_landmarks_stay(landmark_ckpt):
 
 def test_wrong_checkpoints_are_refused(tmp_path, landmark_ckpt):
     with pytest.raises(UserError, match=r"no file .*landmark_ckpt=null"):
-        cheap("two_stream", f"landmark_ckpt={tmp_path / 'nowhere'}")
+        cheap("two_stream", *PUBLISHED, f"landmark_ckpt={tmp_path / 'nowhere'}")
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other")
     with pytest.raises(UserError, match="does not hold the MobileFaceNet"):
-        cheap("two_stream", f"landmark_ckpt={tmp_path / 'other'}")
+        cheap("two_stream", *PUBLISHED, f"landmark_ckpt={tmp_path / 'other'}")
     with pytest.raises(UserError, match="is no IR-50, it lacks input_layer"):
-        cheap("posterpp", f"backbone_ckpt={landmark_ckpt}")
+        cheap("posterpp", *PUBLISHED, f"backbone_ckpt={landmark_ckpt}")
 
 
 def test_ir50_checkpoint(tmp_path):
     torch.manual_seed(1)
     published = IR50([1, 1, 1])
     torch.save({**published.state_dict(), "output_layer.0.weight": torch.zeros(512)}, tmp_path / "ir50.pth")
-    module = cheap("posterpp", f"backbone_ckpt={tmp_path / 'ir50.pth'}")
+    module = cheap("posterpp", *PUBLISHED, f"backbone_ckpt={tmp_path / 'ir50.pth'}")
     checksum = hashlib.sha256((tmp_path / "ir50.pth").read_bytes()).hexdigest()
     assert module.weights == f"ir50.pth sha256:{checksum}; landmarks: random, trained"
     x = images(1, 112)
