@@ -22,8 +22,8 @@ from conftest import TINY
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 STEPS_PER_EPOCH = 100
-COUNT_SECONDS = 0.02  # between looks at all but memory: batches on their way hold descriptors, the least is soon over
-MEMORY_EVERY = 25  # of those looks, since memory takes 20 ms
+COUNT_SECONDS = 0.05  # between looks at all but memory: batches on their way hold descriptors, the least is soon over
+MEMORY_EVERY = 10  # of those looks, since memory takes 20 ms
 WARM_UP = 0.2  # part of the samples before which memory pools and caches may still fill
 MEMORY = 4.0  # MiB that a process tree may grow by from warm-up to the end: half a MiB per 1,000 steps of 10,000
 RUN = [
@@ -40,7 +40,7 @@ RUN = [
 class Sample(NamedTuple):
     """One look at a process and its descendants."""
 
-    memory: float  # MiB, without pages of files, which any process of the machine shares
+    memory: float  # MiB, without pages of files, which any process of the machine shares; forked ones count in each
     descriptors: int
     threads: int
     processes: int
@@ -51,8 +51,8 @@ def sample(pid: int, alone: bool = False, memory_too: bool = True) -> Sample:
 
     Args:
         pid: the process.
-        alone: memory of this process alone, where its descendants come and go; else of all of them, what they share
-            counted once.
+        alone: memory of this process alone, where its descendants come and go; else of all of them. What a worker
+            got by the fork counts in both: written to, it is shared no longer, and that is no growth.
         memory_too: else memory is infinite.
     """
     memory = descriptors = threads = 0
@@ -61,7 +61,7 @@ def sample(pid: int, alone: bool = False, memory_too: bool = True) -> Sample:
         try:
             if memory_too and not (alone and member != pid):
                 rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
-                kinds = ("Anonymous",) if alone else ("Pss_Anon", "Pss_Shmem")
+                kinds = ("Anonymous",) if alone else ("Anonymous", "Pss_Shmem")
                 memory += sum(int(rollup.split(f"\n{kind}:")[1].split()[0]) for kind in kinds)
             descriptors += len(os.listdir(f"/proc/{member}/fd"))
             threads += len(os.listdir(f"/proc/{member}/task"))
@@ -86,12 +86,14 @@ def growth(samples: list[Sample]) -> dict[str, float]:
         samples: equally far apart.
 
     Returns:
-        For each figure, the growth of its median from the first quarter after the warm-up to the last quarter, and for
-        memory (``memory_slope``) the slope of a fitted line times the time between those quarters, in MiB or counts.
+        What each figure grew by from the first quarter after the warm-up to the last quarter: memory's median; of the
+        others the least, since what is left behind is in every sample, and what is open for a moment is not. For memory
+        also (``memory_slope``) the slope of a fitted line times the time between those quarters. MiB or counts.
     """
     steady = np.array(samples[int(WARM_UP * len(samples)) :], float)
     quarter = max(len(steady) // 4, 1)
-    grown = np.median(steady[-quarter:], 0) - np.median(steady[:quarter], 0)
+    grown = steady[-quarter:].min(0) - steady[:quarter].min(0)
+    grown[0] = np.median(steady[-quarter:, 0]) - np.median(steady[:quarter, 0])
     slope = np.polyfit(np.arange(len(steady)), steady[:, 0], 1)[0] * (len(steady) - quarter)
     return {**dict(zip(Sample._fields, grown.tolist(), strict=True)), "memory_slope": float(slope)}
 
@@ -114,8 +116,8 @@ def watch(words: list[str], folder: Path, done: Callable[[], int], alone: bool) 
         alone: as `sample` takes it.
 
     Returns:
-        The least of each figure in each epoch or job, since data workers and W&B come and go, and the command's CPU
-        seconds.
+        The least of each figure in each epoch or job but the last, since data workers and W&B come and go, and the
+        command's CPU seconds.
     """
     samples: list[Sample] = []
     looks: list[Sample] = []
@@ -132,7 +134,8 @@ def watch(words: list[str], folder: Path, done: Callable[[], int], alone: bool) 
             time.sleep(COUNT_SECONDS)
     assert process.returncode == 0, (folder / "log").read_text()[-2000:]
     after = os.times()
-    return samples, after.children_user + after.children_system - before.children_user - before.children_system
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return samples[:-1], cpu  # in the last one the command ends, and its workers with it
 
 
 def report(samples: list[Sample], cpu: float) -> dict[str, Any]:

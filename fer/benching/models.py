@@ -1,7 +1,7 @@
 """Our training step beside timm's own, and the measurements behind the defaults.
 
-Precision, memory format, fused optimisers, threads and torch.compile are compared in the hand-written loop, where
-nothing else differs.
+Precision, memory format, fused optimisers and threads are compared in the hand-written loop, where nothing else
+differs; torch.compile likewise, in `fer.benching.compiling`.
 """
 
 import os
@@ -28,17 +28,18 @@ Window = Any  # steps -> Times
 def measure(bench: Bench) -> list[Row]:
     """Rows of each comparison."""
     quieten()
-    return [*_beside_timm(bench), *_settings(bench), *_fused(bench), *_compiled(bench)]
+    return [*_beside_timm(bench), *_settings(bench), *_fused(bench)]
 
 
-def _words(bench: Bench, model: str) -> list[str]:
+def words(bench: Bench, model: str) -> list[str]:
+    """The command line of a network's small training."""
     place = f"data.cache={bench.folder}/store"
     return [f"experiment=small/{model}", *bench.options["words"], f"trainer.threads={bench.threads}", place]
 
 
 def _beside_timm(bench: Bench) -> Iterator[Row]:
     for model in bench.options["beside_timm"]:
-        config = composed(*_words(bench, model))
+        config = composed(*words(bench, model))
         module, data = prepared(config)
         with ours(config, module, data, bench.folder / model) as fit:
             loop = fit.aside(partial(timms_step, twin(module), data, "bf16" in str(module.trainer.precision)))
@@ -85,7 +86,7 @@ def _settings(bench: Bench) -> Iterator[Row]:
     options = bench.options
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for model in options["settings"]:
-        module, data = prepared(composed(*_words(bench, model), "trainer.channels_last=true"))
+        module, data = prepared(composed(*words(bench, model), "trainer.channels_last=true"))
         plain = twin(module).to(memory_format=torch.contiguous_format)
         default = by_hand(twin(module), data, bf16=True)
         variants: dict[str, Window] = {
@@ -120,7 +121,7 @@ def _with_threads(threads: int, otherwise: int, window: Window, steps: int) -> T
 
 
 def _fused(bench: Bench) -> Iterator[Row]:
-    module, _ = prepared(composed(*_words(bench, bench.options["optimisers_of"])), batches=1)
+    module, _ = prepared(composed(*words(bench, bench.options["optimisers_of"])), batches=1)
     for name in bench.options["optimisers"]:
         recipe = composed(f"optim={name}").optim.optimizer
         arguments = {key: value for key, value in recipe.items() if key not in ("_target_", "_partial_", "fused")}
@@ -142,18 +143,3 @@ def _descend(optimizer: torch.optim.Optimizer, steps: int) -> Times:
         for _ in range(steps):
             optimizer.step()
     return times
-
-
-def _compiled(bench: Bench) -> Iterator[Row]:
-    for model in bench.options["compiled"]:
-        module, data = prepared(composed(*_words(bench, model)))
-        bf16 = "bf16" in str(module.trainer.precision)
-        eager = by_hand(twin(module), data, bf16=bf16)
-        compiled = twin(module)
-        compiled.network.compile()
-        with timed() as times:
-            window = by_hand(compiled, data, bf16=bf16)
-        steps, _ = steps_for(bench.options["window_seconds"], eager)
-        windows = interleave({"compiled": partial(window, steps), "eager": partial(eager, steps)}, bench.windows)
-        note = f"compiled in {times.wall:.0f} s, which is not in it"
-        yield compare(f"`{model}`, `trainer.compile`", windows, "compiled", "eager", note=note)
