@@ -1,6 +1,6 @@
 """``python -m fer.bench``: what this checkout costs on this machine, each figure beside a baseline.
 
-python -m fer.bench                                        every part but gpu, about half a core-hour
+python -m fer.bench                                        every part but gpu, about a core-hour
 python -m fer.bench parts=[overhead,startup] windows=5     some of it
 python -m fer.bench out=docs/results/speed                 the figures of docs/speed.md, see fer/reporting/manual.py
 """
