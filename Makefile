@@ -35,7 +35,7 @@ setup: $(SETUP)  ## create .venv with the tested versions (about 2 minutes, 6 GB
 demo: $(SETUP)  ## train on synthetic faces: no download, under 8 core-minutes
 	$(PYTHON) -m fer.train experiment=demo
 
-test: $(SETUP)  ## the quick tests, about 10 core-minutes; FER_DATA=/path/to/data adds those on real data
+test: $(SETUP)  ## the quick tests, about 7 core-minutes; FER_DATA=/path/to/data adds those on real data
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
 reliability: $(SETUP)  ## runs and sweeps killed in their middle go on to the same figures, under 3 core-minutes
@@ -60,7 +60,7 @@ test-minimum: .venv-minimum/.complete  ## tests of the main parts, with the olde
 	.venv-minimum/bin/python -m pip install --quiet --prefer-binary --constraint .venv-minimum/minimum.txt --editable '.[dev]'
 	@touch $@
 
-soak: $(SETUP)  ## 10,000 steps and 10 jobs of a sweep watched for leaks, about 6 core-minutes
+soak: $(SETUP)  ## 10,000 steps and 10 jobs of a sweep watched for leaks, about 8 core-minutes
 	$(PYTHON) tests/soak.py
 
 counters: $(SETUP)  ## operators and host reads per step, images decoded: fails on a rise, under 2 core-minutes
