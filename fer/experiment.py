@@ -33,7 +33,17 @@ from fer.models.detection import FaceDetector
 from fer.models.multiscale_region import MultiscaleRegion
 from fer.progress import Bar
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
-from fer.session import claim, compiled, console, preflight, print_data, protect, record_of, set_threads, status_kept
+from fer.session import (
+    claim,
+    compile_parts,
+    console,
+    preflight,
+    print_data,
+    protect,
+    record_of,
+    set_threads,
+    status_kept,
+)
 from fer.starting import begin_with, pinned
 from fer.stopping import Ranks, Stop, Stopped
 from fer.trainer import Trainer, quieten
@@ -155,7 +165,7 @@ def _train_and_test(
     threads = set_threads(trainer, module, data)
     flops = measure_flops(module)
     parameters = sum(p.numel() for p in module.parameters())
-    compiled(module, trainer)
+    compile_parts(module, trainer.compile)
 
     trainer.fit(module, datamodule=data, ckpt_path=str(resume_point(folder)) if unfinished else None)
     tester = trainer

@@ -24,6 +24,7 @@ from fer.data.manifest import PARTS
 from fer.data.workers import WorkerDied, dismiss
 from fer.errors import UserError
 from fer.loggers import Wandb
+from fer.models.base import ExpressionModule
 from fer.models.guard import StepGuard
 from fer.models.steps import Portions, SteppedModule
 from fer.runs import RunFolder, State, code_version, job_key, remove_leftovers, write_json
@@ -191,10 +192,11 @@ def protect(module: SteppedModule, trainer: Trainer, folder: RunFolder) -> StepG
     return module.guard
 
 
-def compiled(module: SteppedModule, trainer: Trainer) -> None:
-    """Compile the network in its place, its parameters' names unchanged, if ``trainer.compile`` asks for it."""
-    if trainer.compile is not None:
-        module.get_submodule("network").compile(mode=trainer.compile)
+def compile_parts(module: ExpressionModule, mode: str | None) -> None:
+    """Compile a network in its place, its parameters' names unchanged; ``trainer.compile``: None leaves it as it is."""
+    if mode is not None:
+        for part in module.compiled_parts:
+            module.get_submodule(part).compile(mode=mode)
 
 
 def console() -> Console:

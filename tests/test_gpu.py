@@ -6,14 +6,12 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import composed
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -27,7 +25,6 @@ from fer.config import CONF, argument_problems
 from fer.data.batched import _GOLDEN, _mix, _mix_number
 from fer.data.loaders import EpochSampler, ResidentLoader
 from fer.data.transforms import Finish
-from fer.session import compiled
 
 
 class Copies(TorchDispatchMode):
@@ -116,18 +113,6 @@ def _fake(part: torch.nn.Module, device: str) -> None:
     for name, value in list(part._buffers.items()):
         if value is not None:
             part._buffers[name] = torch.empty_like(value, device=device)
-
-
-def test_compiling_is_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: calls.append((self, options)))
-    config = config_of("cbam_resnet")
-    module = instantiate(config.model)
-    for mode in (None, "reduce-overhead"):
-        compiled(module, SimpleNamespace(compile=mode))
-    assert calls == [(module.network, {"mode": "reduce-overhead"})]
-    with pytest.raises(InstantiationException, match=r"trainer.compile=fast is not one of None, default"):
-        instantiate(config.trainer, compile="fast")
 
 
 def test_random_numbers_of_an_epoch_are_keyed_on_the_host() -> None:

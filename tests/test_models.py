@@ -7,6 +7,7 @@ quick.
 import hashlib
 import os
 import time
+from collections import Counter
 
 import pytest
 import timm
@@ -31,6 +32,7 @@ from torch import nn
 
 from fer.errors import UserError
 from fer.models import pretrained
+from fer.session import compile_parts
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +121,33 @@ def test_every_trainable_parameter_learns(name):
         assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
         optimizer.step()
     assert not silent
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_and_a_prediction_use_what_is_compiled(name, monkeypatch):
+    """A network whose loss goes round the parts it says are compiled would train as before, and nobody would know."""
+    calls = Counter()
+
+    def compile_(part, mode):
+        def call(*args, **kwargs):
+            calls[part, mode] += 1
+            return part._call_impl(*args, **kwargs)
+
+        part._compiled_call_impl = call
+
+    monkeypatch.setattr(nn.Module, "compile", compile_)
+    module = cheap(name)
+    compile_parts(module, None)
+    module.loss(batch_of(module, 3))
+    assert not calls
+    compile_parts(module, "reduce-overhead")
+    module.loss(batch_of(module, 3))
+    parts = {(module.get_submodule(part), "reduce-overhead") for part in module.compiled_parts}
+    assert parts
+    assert set(calls) == parts
+    calls.clear()
+    module.eval()(images(3, module.image_size))
+    assert set(calls) == parts
 
 
 @pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.slow] * (m in HEAVY)) for m in MODELS])

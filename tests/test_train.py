@@ -10,6 +10,8 @@ import pytest
 from commands import call
 from conftest import TINY, composed, train
 from fake_wandb import wandb_records
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 
 from fer.config import guarded
 from fer.errors import UserError
@@ -157,3 +159,16 @@ def test_every_problem_of_a_config_is_named_at_once() -> None:
         preflight(composed(*TINY, "+model.widht=3", "+trainer.epochs=3"))
     assert "model.widht" in str(found.value)
     assert "trainer.epochs" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("trainer.on_nan=go", "trainer.on_nan=go is not one of stop, skip"),
+        ("trainer.threads=0", "trainer.threads=0 is neither a positive number nor auto"),
+        ("trainer.compile=fast", "trainer.compile=fast is not one of None, default, reduce-overhead"),
+    ],
+)
+def test_a_trainer_that_cannot_be_had_is_refused(word: str, said: str) -> None:
+    with pytest.raises(InstantiationException, match=said):
+        instantiate(composed(*TINY, word).trainer)

@@ -5,6 +5,7 @@ from functools import partial
 from fer.benching.models import words
 from fer.benching.training import by_hand, composed, prepared, steps_for, twin
 from fer.benching.windows import Bench, Row, compare, interleave, timed
+from fer.session import compile_parts
 from fer.trainer import quieten
 
 
@@ -18,7 +19,7 @@ def _row(bench: Bench, model: str) -> Row:
     module, data = prepared(composed(*words(bench, model)))
     eager = by_hand(twin(module), data, bf16=True)
     compiled = twin(module)
-    compiled.network.compile()
+    compile_parts(compiled, "default")
     with timed() as times:
         window = by_hand(compiled, data, bf16=True)
     steps, _ = steps_for(bench.options["window_seconds"], eager)

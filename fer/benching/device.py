@@ -23,7 +23,7 @@ from fer.benching.training import composed
 from fer.callbacks import Randomness, measure_flops
 from fer.models.base import ExpressionModule
 from fer.runs import RunFolder
-from fer.session import compiled, protect
+from fer.session import compile_parts, protect
 from fer.trainer import Trainer, quieten
 
 AS_IT_IS = ("eager", "benchmark")  # modes without the compiler
@@ -160,7 +160,7 @@ def train(
     if trainer.channels_last:
         module = module.to(memory_format=torch.channels_last)
     protect(module, trainer, RunFolder(data.cache))
-    compiled(module, trainer)
+    compile_parts(module, trainer.compile)
     trainer.fit(module, datamodule=data)
 
 

@@ -47,6 +47,8 @@ class ExpressionModule(SteppedModule, abc.ABC):
         takes_mixed: whether the loss takes images blended by mixup or cutmix; False where it needs one class, or
             regions, of each image.
         weights: where the initial weights came from (``random``, ``timm/...``); recorded in every result.
+        compiled_parts: names of the submodules that ``trainer.compile`` compiles; a training step must call them as
+            modules, since compiling changes nothing else.
         monitor: the validation score whose best epoch is tested.
     """
 
@@ -55,6 +57,7 @@ class ExpressionModule(SteppedModule, abc.ABC):
     leaky: str | None = None
     takes_mixed: bool = True
     weights: str = "random"
+    compiled_parts: tuple[str, ...] = ("network",)
 
     def __init__(
         self,

@@ -103,6 +103,7 @@ class DAN(ExpressionModule):
     network: DANNetwork
     takes_mixed = False  # the affinity loss pulls towards one class
     splits = False  # the partition loss is a logarithm of a mean over the batch
+    compiled_parts = ("network.backbone",)  # a step wants its map, which the network as a whole keeps to itself
 
     def __init__(
         self,

@@ -89,6 +89,7 @@ class MultiscaleRegion(FaceDetector):
     """
 
     network: MultiscaleRegionNetwork
+    compiled_parts = ("network.backbone", "network.pyramid")  # how many boxes the rest looks at depends on the image
 
     def __init__(
         self,
