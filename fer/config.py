@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -41,6 +42,15 @@ _DISK = {
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR), _PLACE),
     errno.EIO: "the disk reports an error; what was saved before is whole, copy it elsewhere and go on there",
 }
+
+
+def folder_name(swept: str) -> str:
+    """What a sweep varies as one folder that a command line can hold: no brackets, ``_`` for what parts values."""
+    return re.sub(r"[^\w.+-]", "_", re.sub(r"[][{}()'\" ]", "", swept))
+
+
+# Where a launcher's process imports this, it knows the word of conf/train.yaml too.
+OmegaConf.register_new_resolver("job_folder", lambda: folder_name(HydraConfig.get().job.override_dirname), replace=True)
 
 
 def _use_our_launchers() -> None:

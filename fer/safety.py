@@ -38,7 +38,7 @@ _REFERENCES = re.compile(
     r"\$\{(?:[\w.\[\]/-]+"
     r"|oc\.env:(?:(?:FER|SLURM)_[A-Z0-9_]+|HOME|SCRATCH|TMPDIR)(?:,[^${}]*)?"
     r"|oc\.select:[\w.]+(?:,[\w. -]*)?"
-    r"|now:[\w%:. -]*"
+    r"|now:[\w%:. -]*|job_folder:"
     r"|hydra:[\w.]+)\}"
 )
 _LOGGING = ("hydra.job_logging", "hydra.hydra_logging")

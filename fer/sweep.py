@@ -35,7 +35,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from fer.config import CONF, user_mistake
+from fer.config import CONF, folder_name, user_mistake
+from fer.errors import UserError
 from fer.runs import RunFolder, job_key, read_json, without_paths, write_json, write_text
 from fer.sweep_checks import GRID, check_choices, check_devices, check_launcher, check_search, is_search
 
@@ -97,8 +98,13 @@ def plan(config: DictConfig, words: list[str]) -> Plan:
         jobs = {}
         style = config.hydra.job.config.override_dirname
         for overrides in BasicSweeper.split_arguments(list(parsed.values()), None)[0]:
-            dirname = get_overrides_dirname(parser.parse_overrides(overrides), fixed, style.item_sep, style.kv_sep)
-            jobs[dirname or ONLY_JOB] = overrides
+            swept_here = get_overrides_dirname(parser.parse_overrides(overrides), fixed, style.item_sep, style.kv_sep)
+            name = folder_name(swept_here) or ONLY_JOB
+            if jobs.setdefault(name, overrides) != overrides:
+                raise UserError(
+                    f"{' '.join(overrides)} and {' '.join(jobs[name])} would share the folder {name}: values of a "
+                    "sweep must differ in more than brackets and punctuation"
+                )
     typed = get_args_parser().parse_args(words).overrides
     flags = words[: len(words) - len(typed)]
     place = str(folder).replace("'", r"\'")

@@ -19,6 +19,7 @@ import yaml
 from commands import call
 from conftest import TINY, composed, planned, train
 from fake_wandb import wandb_records
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -36,7 +37,8 @@ from fer.train import run as train_one
 # Two folds of few faces and a tiny network: about 8 core-seconds beside the imports.
 SMALL = [*TINY, "data.train=84", "data.val=21", "data.test=21", "data.batch_size=10", "model.width=4"]
 FOLDS = [*SMALL, "protocol=kfold", "protocol.folds=2", "protocol.fold=0,1", "trainer.checkpoint_steps=1"]
-JOBS = ("protocol.fold-0", "protocol.fold-1")
+FOLDS += ["model.std=choice([0.5,0.5,0.5])"]  # a sweep's axis whose one value no folder could be called
+JOBS = ("model.std-0.5_0.5_0.5+protocol.fold-0", "model.std-0.5_0.5_0.5+protocol.fold-1")
 
 
 def read(path: Path) -> Any:
@@ -240,7 +242,7 @@ def test_nothing_is_carried_from_job_to_job(sweep: Path, tmp_path: Path) -> None
     assert train(*words, "logger=csv", "hydra.run.dir=alone", cwd=tmp_path).returncode == 0
     reference = (tmp_path / "alone" / "predictions.csv").read_bytes()
     assert (sweep / JOBS[1] / "predictions.csv").read_bytes() == reference  # basic: the second job of its process
-    assert (tmp_path / "joblib" / f"model.width-4,{JOBS[1]}" / "predictions.csv").read_bytes() == reference
+    assert (tmp_path / "joblib" / JOBS[1].replace("+", "+model.width-4+") / "predictions.csv").read_bytes() == reference
 
 
 @pytest.mark.slow
@@ -316,8 +318,19 @@ def test_the_folder_belongs_to_what_is_swept_and_nothing_else() -> None:
         assert planned(*same).folder == reference.folder
     for other in (("-m", "model=dan,convcut", "seed=0,1,2"), ("-m", "model=dan,convcut", "seed=0,1", "split_seed=1")):
         assert planned(*other).folder != reference.folder
-    assert list(reference.jobs or {}) == [f"model-{m},seed-{s}" for m in ("dan", "convcut") for s in (0, 1)]
+    assert list(reference.jobs or {}) == [f"model-{m}+seed-{s}" for m in ("dan", "convcut") for s in (0, 1)]
     assert planned("-m", "seed=0,1", "hydra.sweep.dir=here").folder == Path("here").absolute()
+
+
+def test_a_jobs_folder_is_one_word_of_a_command_line() -> None:
+    words = ["experiment=small/vit,small/swin", "model.mean=[0.5,0.5,0.5],[0,0,0]", "seed=0,1"]
+    names = list(planned("-m", *words).jobs or {})
+    assert names[0] == "experiment-small_vit+model.mean-0.5_0.5_0.5+seed-0"
+    assert len(names) == 8
+    parser = OverridesParser.create()
+    assert [parser.parse_override(f"run=outputs/{name}/").value() for name in names] == [f"outputs/{n}/" for n in names]
+    with pytest.raises(UserError, match=r"would share the folder model\.mean-0_0_0: values of a sweep must differ"):
+        planned("-m", "model.mean=[0,0,0],'0,0,0'")
 
 
 def test_sweep_groups_compose_with_any_axis() -> None:
@@ -438,7 +451,7 @@ def forge(
     sweep: Path, jobs: dict[str, dict[str, Any] | None], outcomes: dict[str, dict[str, Any]] | None = None
 ) -> None:
     """A sweep's folder: results of each job by its folder's name, None for one that never came to an end."""
-    plan_of = {name: [word.replace("-", "=", 1) for word in name.split(",")] for name in jobs}
+    plan_of = {name: [word.replace("-", "=", 1) for word in name.split("+")] for name in jobs}
     sweep.mkdir()
     (sweep / "sweep.json").write_text(json.dumps({"command": "c", "jobs": plan_of}))
     for name, results in jobs.items():
@@ -482,7 +495,7 @@ def test_groups_differ_in_everything_but_fold_and_seed(tmp_path: Path) -> None:
     axes = [(loss, fold, seed) for loss in ("focal", "center") for fold in (0, 1, 2) for seed in (0, 1)]
     values = np.random.default_rng(0).random(len(axes))
     jobs = {
-        f"loss-{loss},protocol.fold-{fold},seed-{seed}": forged(value, fold=fold, seed=seed)
+        f"loss-{loss}+protocol.fold-{fold}+seed-{seed}": forged(value, fold=fold, seed=seed)
         for (loss, fold, seed), value in zip(axes, values, strict=True)
     }
     forge(tmp_path / "s", jobs)
