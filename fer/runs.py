@@ -27,6 +27,9 @@ NOT_IN_KEY = (
     *("data.root", "data.cache", "data.num_workers", "logger", "group", "job_type", "run_name", "tags"),
     *("resume", "fresh", "trainer.enable_progress_bar", "report", "allow_search_on_test"),
 )
+# Stamps that say how a figure came about without flattering it: what the one ends with, and the other begins with.
+DROPPED = "leaked copies left out of train"
+AGAIN = "evaluated again"  # of an evaluation on a network's own test part
 RECORDED_PACKAGES = ("torch", "torchvision", "lightning", "timm", "albumentations", "numpy", "opencv-python-headless")
 
 

@@ -145,6 +145,23 @@ def test_runs_that_do_not_belong_together_are_not_averaged(tmp_path: Path, chang
     assert len(make_benches(groups)) == 2
 
 
+@pytest.mark.parametrize("option", ["start_from", "model.pretrained"])
+def test_runs_that_began_with_other_weights_are_not_averaged(tmp_path: Path, option: str) -> None:
+    # Of two files of one name the checksum tells; of one file in two places nothing does, and it is the same.
+    for seed, (place, letter) in enumerate([("", ""), ("/a/b.pth", "d"), ("/copy/b.pth", "d"), ("/a/b.pth", "e")]):
+        checksum = letter * 64
+        pinned = f"@sha256:{checksum}" if option == "start_from" else ""
+        settings = {option: f"{place}{pinned}"} if place else {}
+        weights = {"weights": f"b.pth sha256:{checksum}"} if place else {}
+        write_run(tmp_path / str(seed), words=RAFDB, seed=seed, settings=settings, more=weights)
+    write_run(tmp_path / "failed", words=RAFDB, seed=9, status="failed", error="none", settings=settings)
+    groups = make_groups(read_runs([tmp_path]))
+    assert sorted(group.seeds for group in groups) == [[0], [1, 2], [3]]
+    assert len({group.label for group in groups}) == 3
+    assert all(option.removeprefix("model.") in group.label for group in groups if group.seeds != [0])
+    assert next(group for group in groups if group.unfinished).seeds in ([3], [1, 2] if option != "start_from" else [3])
+
+
 def test_folds_whose_test_parts_overlap_are_not_averaged(tmp_path: Path) -> None:
     write_run(tmp_path / "0", words=FOLDS, fold=0)
     write_run(tmp_path / "1", words=FOLDS, fold=1)
@@ -366,6 +383,79 @@ def test_single_runs_are_compared_by_their_paths(tmp_path: Path) -> None:
     paths = [str(write_run(tmp_path / str(seed), seed=seed)) for seed in range(2)]
     verdicts = compare(make_groups(read_runs([tmp_path])), paths, 500, 0)
     assert [v.test for v in verdicts] == ["McNemar", "paired bootstrap", "paired bootstrap"]
+
+
+DROPS = "12 leaked copies left out of train"
+AGAIN = "evaluated again: a network that another run folder has trained and tested"
+
+
+def test_a_second_reading_is_compared_image_by_image(tmp_path: Path) -> None:
+    """The three tests of a run against the same network by other views, in another order of the images."""
+    rng = np.random.default_rng(0)
+    first, second = rng.random(600) < 0.7, rng.random(600) < 0.62
+    write_run(tmp_path / "run", images=600, right=first)
+    views = {"data.tta": "ten_crop", "evaluation": {"part": "own test part"}}
+    again = write_run(tmp_path / "again", images=600, right=second, settings=views, stamps=[AGAIN])
+    lines = (again / "predictions.csv").read_text().splitlines()
+    (again / "predictions.csv").write_text("\n".join([lines[0], *rng.permutation(lines[1:])]) + "\n")
+    groups = make_groups(read_runs([tmp_path]))
+    mcnemar, images, classes = compare(groups, [str(tmp_path / "run"), str(tmp_path / "again")], 4000, 0)
+
+    tables = [pd.read_csv(tmp_path / name / "predictions.csv") for name in ("run", "again")]
+    both = tables[0].merge(tables[1], on="item")
+    right = [(both[f"predicted_{side}"] == both["label_x"]).to_numpy() for side in "xy"]
+    only = [int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())]
+    assert mcnemar.outcome.p == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
+    assert mcnemar.n.startswith(f"600 images, {only[0]} right by a alone, {only[1]} by b alone")
+    difference = right[0].astype(float) - right[1]
+    drawn = difference[rng.integers(0, 600, (4000, 600))].mean(1)
+    have = images.outcome.difference, images.outcome.low, images.outcome.high
+    assert have == pytest.approx([difference.mean(), *np.quantile(drawn, [0.025, 0.975])], abs=0.006)
+    assert have[0] == mcnemar.outcome.difference == pytest.approx(difference.mean())
+    by_class = pd.Series(difference).groupby(both["label_x"]).mean()
+    assert classes.outcome.difference == pytest.approx(by_class.mean())
+    assert {one.stamps for one in (mcnemar, images, classes)} == {(f"b alone: {AGAIN}",)}
+
+
+def test_stamps_that_are_asked_about_may_stand_on_one_side(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path / f"plain-{seed}", seed=seed)
+        write_run(tmp_path / f"drop-{seed}", seed=seed, settings={"data.protocol.drop_leaks": True}, stamps=[DROPS])
+    views = {"data.tta": "ten_crop", "data.protocol.drop_leaks": True}
+    write_run(tmp_path / "again", seed=1, settings=views, stamps=[DROPS, AGAIN])
+    groups = make_groups(read_runs([tmp_path]))
+    plain, drop, again = (
+        next(group.id for group in groups if group.stamps == stamps) for stamps in ([], [DROPS], [DROPS, AGAIN])
+    )
+    verdicts = compare(groups, [plain, drop, again], 500, 0)
+    assert [one.stamps for one in verdicts[:4]] == [(f"b alone: {DROPS}",)] * 4  # two seeds, two bootstraps
+    assert {one.stamps for one in verdicts if (one.a, one.b) == (drop, again)} == {(DROPS, f"b alone: {AGAIN}")}
+    # The one reading that was repeated is set against the same network's, not against the first seed's.
+    assert [one.n.rpartition("; ")[2] for one in verdicts if one.test == "McNemar"][2:] == ["seed 1", "seed 1"]
+
+
+@pytest.mark.parametrize("stamps", [[LEAKY], [DROPS, LEAKY], [AGAIN, "selected_on: test"], ["parts share people: 3"]])
+def test_no_other_stamp_may_stand_on_one_side(tmp_path: Path, stamps: list[str]) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", model="dan", stamps=stamps)
+    with pytest.raises(UserError, match=f"only one of them is stamped «{stamps[-1]}»"):
+        compare(make_groups(read_runs([tmp_path])), ["cbam_resnet", "dan"], 500, 0)
+
+
+def test_leaky_runs_are_not_tested_even_against_their_like(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", stamps=[LEAKY])
+    write_run(tmp_path / "b", settings={"data.protocol.drop_leaks": True}, stamps=[DROPS, LEAKY])
+    with pytest.raises(UserError, match=f"both are stamped «{LEAKY}»"):
+        compare(make_groups(read_runs([tmp_path])), [str(tmp_path / "a"), str(tmp_path / "b")], 500, 0)
+
+
+def test_a_run_is_not_compared_with_itself(tmp_path: Path) -> None:
+    path = str(write_run(tmp_path / "a"))
+    groups = make_groups(read_runs([tmp_path]))
+    with pytest.raises(UserError, match="expected different groups, models or run folders"):
+        compare(groups, ["cbam_resnet", "cbam_resnet"], 500, 0)
+    with pytest.raises(UserError, match="expected different runs on each side"):
+        compare(groups, ["cbam_resnet", path], 500, 0)
 
 
 @pytest.mark.parametrize(

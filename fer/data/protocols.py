@@ -16,6 +16,7 @@ import numpy as np
 from fer.data.manifest import PARTS, Array, Manifest
 from fer.data.splits import Split, groups_of, stratified_folds
 from fer.errors import UserError
+from fer.runs import DROPPED
 
 SELECTED_ON_TEST = "selected_on: test, the epoch was chosen on the part it is reported on, which flatters it"
 NOT_OFFICIAL = "not the official test part, so not comparable with figures on it"
@@ -86,7 +87,7 @@ class Protocol(ABC):
         if shared:
             stamps.append(f"parts share people: {', '.join(shared)}")
         if self.drop_leaks:
-            stamps.append(f"{leaks.sum()} leaked copies left out of train")
+            stamps.append(f"{leaks.sum()} {DROPPED}")
         done = dataclasses.replace(
             split, train=split.train[~leaks], stamps=tuple(stamps), copies_before=split.copied(copies)
         )

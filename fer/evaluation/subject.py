@@ -17,7 +17,7 @@ from fer.data.manifest import PARTS
 from fer.errors import UserError
 from fer.evaluation.answers import Answers, Reader, mean_answers
 from fer.evaluation.classes import Matching
-from fer.runs import RunFolder, read_json
+from fer.runs import AGAIN, RunFolder, read_json
 from fer.trained import TrainedRun, open_run
 
 
@@ -89,7 +89,7 @@ class Subject:
             out.append(f"trained on {where}, epoch chosen on {on} of {where}; only evaluated on {self.data_name}")
             out += self.matching.sentences()
         elif len(self.runs) == 1:
-            out.append("evaluated again: a network that another run folder has trained and tested")
+            out.append(f"{AGAIN}: a network that another run folder has trained and tested")
         return list(dict.fromkeys(out))
 
     def identical(self) -> dict[str, int] | None:

@@ -7,9 +7,7 @@ from fer.errors import UserError
 from fer.reporting.collect import find_runs
 from fer.reporting.statistics import wilson_half_width
 from fer.reporting.tables import Row, Table, number, percent, words
-from fer.runs import RunFolder, read_json, write_text
-
-DROPPED = "leaked copies left out of train"  # ends the one stamp under which a network is as good as without
+from fer.runs import DROPPED, RunFolder, read_json, write_text
 
 
 def best_runs(root: Path) -> dict[str, Path]:

@@ -1,6 +1,8 @@
 """Comparing groups or runs on the same test images.
 
-Runs are paired fold by fold and, within a fold, seed by seed in order. What each test then answers:
+Runs are paired fold by fold and, within a fold, by their seeds, or in order where they share none. Both sides carry the
+same stamps but for two, which are what is asked about: a training without leaked copies, a network's second reading.
+What each test then answers:
 
 - McNemar, once per round of runs in which no image is tested twice (so once per seed): do these two trained networks
   differ on these images?
@@ -24,6 +26,7 @@ from fer.metrics import Array
 from fer.reporting.collect import Answers, Run
 from fer.reporting.groups import Group
 from fer.reporting.statistics import Comparison, corrected_t, holm, mcnemar, paired_bootstrap, wilcoxon
+from fer.runs import AGAIN, DROPPED
 
 METRICS = {"acc": "accuracy", "mean_acc": "mean class accuracy"}
 
@@ -40,7 +43,7 @@ class Verdict:
         n: what it counts, in words.
         outcome: difference, interval and p value.
         p_holm: p value after Holm's correction.
-        stamps: what stands beside the figures of both.
+        stamps: what stands beside the figures of either.
     """
 
     a: str
@@ -74,11 +77,13 @@ def compare(groups: Sequence[Group], selectors: Sequence[str], resamples: int, s
         seed: seed of the bootstrap.
 
     Raises:
-        UserError: a selector names nothing or several groups of one data set and protocol, the two sides were tested on
-            different images, or carry different stamps.
+        UserError: a selector names nothing or several groups of one data set and protocol, the two sides hold the same
+            run, were tested on different images, or carry different stamps.
     """
     if len(selectors) < 2:
         raise UserError(f"compare=[{','.join(selectors)}]: expected at least two groups, models or run folders")
+    if len(set(selectors)) < len(selectors):
+        raise UserError(f"compare=[{','.join(selectors)}]: expected different groups, models or run folders, each once")
     sides = {selector: _sides(groups, selector) for selector in selectors}
     verdicts: list[Verdict] = []
     for a, b in itertools.combinations(sides, 2):
@@ -134,8 +139,13 @@ def _paired_runs(a: Side, b: Side) -> list[tuple[Run, Run]]:
     for place, side in enumerate((a, b)):
         for run in side.runs:
             folds[run.fold][place].append(run)
-    # Runs of a fold are ordered by seed; a seed more on one side has no partner.
-    return [pair for runs in folds.values() for pair in zip(*runs, strict=False)]
+    return [pair for runs in folds.values() for pair in _partners(*runs)]
+
+
+def _partners(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Runs of one fold by their seed; where no seed is shared, in order, and one more on a side has no partner."""
+    same = [(x, y) for x in a for y in b if x.seed == y.seed]
+    return same or list(zip(a, b, strict=False))
 
 
 def _answers(run: Run) -> Answers:
@@ -149,24 +159,39 @@ def _right(run: Run) -> Array:
     return right
 
 
-def _check(a: Side, b: Side, pairs: Sequence[tuple[Run, Run]]) -> tuple[str, ...]:
-    """The stamps both sides carry.
+def _stamps(a: Side, b: Side) -> tuple[str, ...]:
+    """The stamps of both sides, with the side that alone carries one named before it.
 
     Raises:
-        UserError: other images or classes, other stamps, predictions that depend on the batch.
+        UserError: one side alone has a stamp that is about more than copies dropped or a second reading, or the
+            predictions of both depend on the batch.
     """
-    stamps = [tuple(dict.fromkeys(stamp for run in side.runs for stamp in run.stamps)) for side in (a, b)]
-    if set(stamps[0]) != set(stamps[1]):
-        only = next(iter(set(stamps[0]) ^ set(stamps[1])))
-        raise UserError(
-            f"compare=[{a.name},{b.name}]: only one of them is stamped «{only}»; stamped runs are compared with their "
-            "like only"
-        )
-    if any(stamp.startswith("LEAKY") for stamp in stamps[0]):
-        raise UserError(f"compare=[{a.name},{b.name}]: both are stamped «{stamps[0][0]}», so no test applies")
+    of_a, of_b = (dict.fromkeys(stamp for run in side.runs for stamp in run.stamps) for side in (a, b))
+    everything = [*of_a, *(stamp for stamp in of_b if stamp not in of_a)]
+    alone = [stamp for stamp in everything if (stamp in of_a) != (stamp in of_b)]
+    for stamp in alone:
+        if not (stamp.endswith(DROPPED) or stamp.startswith(AGAIN)):
+            raise UserError(
+                f"compare=[{a.name},{b.name}]: only one of them is stamped «{stamp}»; stamped runs are compared with "
+                "their like only"
+            )
+    for stamp in everything:
+        if stamp.startswith("LEAKY"):
+            raise UserError(f"compare=[{a.name},{b.name}]: both are stamped «{stamp}», so no test applies")
+    return tuple(f"{'a' if stamp in of_a else 'b'} alone: {stamp}" if stamp in alone else stamp for stamp in everything)
+
+
+def _check(a: Side, b: Side, pairs: Sequence[tuple[Run, Run]]) -> None:
+    """Refuse pairs that cannot be tested against each other.
+
+    Raises:
+        UserError: there is none, a run is its own partner, or other images or classes.
+    """
     if not pairs:
         raise UserError(f"compare=[{a.name},{b.name}]: they share no fold")
     for x, y in pairs:
+        if x is y:
+            raise UserError(f"compare=[{a.name},{b.name}]: both hold {x.path}; expected different runs on each side")
         if x.results["classes"] != y.results["classes"]:
             raise UserError(f"compare=[{a.name},{b.name}]: {x.path} and {y.path} have other classes or another order")
         images = _answers(x).image, _answers(y).image
@@ -176,7 +201,6 @@ def _check(a: Side, b: Side, pairs: Sequence[tuple[Run, Run]]) -> tuple[str, ...
                 f"compare=[{a.name},{b.name}]: {x.path} was tested on {len(images[0])} images and {y.path} on "
                 f"{len(images[1])}, {shared} of them the same; a comparison needs the same images and labels"
             )
-    return stamps[0]
 
 
 def _rounds(pairs: Sequence[tuple[Run, Run]]) -> list[list[tuple[Run, Run]]]:
@@ -195,7 +219,8 @@ def _rounds(pairs: Sequence[tuple[Run, Run]]) -> list[list[tuple[Run, Run]]]:
 
 def _on_one_part(a: Side, b: Side, resamples: int, seed: int) -> list[Verdict]:
     pairs = _paired_runs(a, b)
-    stamps = _check(a, b, pairs)
+    stamps = _stamps(a, b)
+    _check(a, b, pairs)
     place = f"{a.group.data}, {a.group.protocol}"
 
     def verdict(test: str, metric: str, n: str, outcome: Comparison) -> Verdict:
@@ -250,13 +275,15 @@ def _over_data_sets(a: str, b: str, pairs: Sequence[tuple[Side, Side]]) -> list[
     if len(by_data) < 2:
         return []
     out = []
+    stamps = tuple(dict.fromkeys(stamp for x, y in pairs for stamp in _stamps(x, y)))
     for metric in METRICS:
         d = [
             float(np.mean([x.group.interval(metric)[0] - y.group.interval(metric)[0] for x, y in members]))
             for members in by_data.values()
         ]
         few = "" if len(d) > 5 else ", too few to be significant at 5 %"
-        out.append(Verdict(a, b, f"{len(d)} data sets", "Wilcoxon", metric, f"{len(d)} data sets{few}", wilcoxon(d)))
+        n = f"{len(d)} data sets"
+        out.append(Verdict(a, b, n, "Wilcoxon", metric, f"{n}{few}", wilcoxon(d), stamps=stamps))
     return out
 
 

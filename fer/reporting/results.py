@@ -21,11 +21,10 @@ from fer.errors import UserError
 from fer.metrics import Array, scores
 from fer.reporting.collect import LOADER, find_runs, settings_of
 from fer.reporting.settings import setting_of
-from fer.runs import RunFolder, read_json, write_json
+from fer.runs import AGAIN, RunFolder, read_json, write_json
 
 RECORDS = CONF.parent / "docs" / "results" / "measured"
 TRAIN = "python -m fer.train"
-AGAIN = "evaluated again"  # begins the stamp of an evaluation on a network's own test part, which says no more here
 VIEWS = ("none", "flip", "five_crop", "ten_crop")
 
 
