@@ -16,12 +16,14 @@ from scipy import stats
 from fer import report
 from fer.config import CONF, USER_MISTAKE
 from fer.errors import UserError
-from fer.reporting import leaks, manual, measured, results, small
+from fer.reporting import leaks, manual, measured, outputs, results, small
 from fer.reporting.manual import filled
 from fer.reporting.results import RECORDS, Result, load_results, record, save_results
 from fer.reporting.settings import setting_of
 from fer.reporting.tables import DASH, MINUS
+from fer.runs import write_json
 
+FILE, FILE_WORD = f"b.pth sha256:{'e' * 64}", f"b.pth@sha256:{'e' * 12}"
 COMMAND = "python -m fer.train hydra.mode=RUN experiment=fer2013_cpu protocol.drop_leaks={} seed={} sweep=fer_cpu"
 
 
@@ -39,6 +41,11 @@ def training(folder: Path, seed: int, accuracy: float, leaks: bool = False, epoc
         settings={"trainer.max_epochs": epochs},
         more=more,
     )
+
+
+def begun(name: str, letter: str) -> str:
+    """What results say of the weights a run began with."""
+    return f"run {name} (random) best.ckpt sha256:{letter * 64}"
 
 
 def evaluation(folder: Path, of: Path, accuracy: float) -> None:
@@ -114,16 +121,39 @@ def test_later_runs_join_earlier_ones(runs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "kept"),
+    ("typed", "weights", "kept"),
     [
-        ("-m experiment=fer2013_cpu seed=1 trainer.max_epochs=10", "experiment=fer2013_cpu"),
-        ("trainer.max_epochs=6 data.root=/x experiment=fer2013_cpu", "experiment=fer2013_cpu trainer.max_epochs=6"),
-        ("start_from=/home/me/run model.pretrained=/x model=vit", "model=vit model.pretrained=... start_from=..."),
-        ("sweep=cv5 protocol.fold=3 model=vit 'model.mean=[0,0,0]'", "model=vit sweep=cv5 'model.mean=[0,0,0]'"),
+        ("-m experiment=fer2013_cpu seed=1 trainer.max_epochs=10", "random", "experiment=fer2013_cpu"),
+        ("trainer.max_epochs=6 data.root=/x experiment=fer2013_cpu", "", "experiment=fer2013_cpu trainer.max_epochs=6"),
+        ("sweep=cv5 protocol.fold=3 model=vit 'model.mean=[0,0,0]'", "", "model=vit sweep=cv5 'model.mean=[0,0,0]'"),
+        ("start_from=/home/me/run model=vit", begun("a", "d"), f"model=vit start_from=a@sha256:{'d' * 12}"),
+        ("start_from=null model=vit", "random", "model=vit"),
+        ("model=vit model.dropout=.5", "random", "model=vit model.dropout=.5"),
+        ("model=vit model.pretrained=/a/b.pth", FILE, f"model=vit model.pretrained={FILE_WORD}"),
+        ("model=vit model.pretrained=out/b.pth@sha256:e", FILE, f"model=vit model.pretrained={FILE_WORD}"),
+        ("model=vit model.ckpt=~/b.pth", f"random; landmarks: {FILE}, frozen", f"model=vit model.ckpt={FILE_WORD}"),
+        ("model=vit model.pretrained=../masked.safetensors", "", "model=vit model.pretrained=masked.safetensors"),
+        ("model=vit data.identities='/a/people.csv'", "random", "model=vit data.identities=people.csv"),
     ],
 )
-def test_a_setting_is_what_makes_the_figures(typed: str, kept: str) -> None:
-    assert setting_of(f"python -m fer.train {typed}") == kept
+def test_a_setting_is_what_makes_the_figures(typed: str, weights: str, kept: str) -> None:
+    assert setting_of(f"python -m fer.train {typed}", weights) == kept
+
+
+def test_rows_began_with_the_same_weights(tmp_path: Path) -> None:
+    typed = "python -m fer.train experiment=fer2013_cpu seed={} start_from={}"
+    starts = [None, ("/x/a", "d"), ("/y/copy_of_a", "d"), ("/x/a", "e")]  # another checksum: trained anew
+    for seed, start in enumerate(starts):
+        run = training(tmp_path / str(seed), seed, 0.6)
+        if start is not None:
+            results = json.loads((run / "results.json").read_text())
+            results |= {"command": typed.format(seed, start[0]), "weights": begun("small-vit", start[1])}
+            write_json(run / "results.json", results)
+    rows = record([tmp_path], [])
+    found = {row.setting: [one.seed for one in row.repeats] for row in rows}
+    started = "experiment=fer2013_cpu start_from=small-vit@sha256:"
+    assert found == {"experiment=fer2013_cpu": [0], started + 12 * "d": [1, 2], started + 12 * "e": [3]}
+    assert len({row.settings for row in rows}) == 3
 
 
 def _lacks_commit(row: dict[str, Any]) -> None:
@@ -208,3 +238,24 @@ def test_the_report_shows_the_same_lines(runs: Path, tmp_path: Path) -> None:
     assert len(lines) == 3
     assert all(line in page for line in lines)
     assert "Measured earlier on fer2013 (3)" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_commands_page_is_quoted_with_what_it_cost(tmp_path: Path) -> None:
+    folder, records, figures = (tmp_path / name for name in ("one-on-two", "records", "figures"))
+    for made in (folder, figures):
+        made.mkdir()
+    page = "# m on d\n\n- a note\n\n## Calibration\n\n![reliability](reliability.png)\n\nAgain: `python -m x`\n"
+    (folder / "evaluation.md").write_text(page)
+    (folder / "reliability.png").write_bytes(b"a chart")
+    machine = {"cpu": "a processor", "accelerators": []}
+    more = {"command": "python -m x", "git_commit": "abc", "cpu_seconds": 90.0, "machine": machine, "threads": 1}
+    (folder / "results.json").write_text(json.dumps(more))
+    outputs.update([folder], records, figures)
+    assert (figures / "one-on-two-reliability.png").read_bytes() == b"a chart"
+    assert outputs.section("one-on-two", records).splitlines() == [
+        *["- a note", "", "#### Calibration", "", "![reliability](figures/one-on-two-reliability.png)", ""],
+        *["Again: `python -m x`", "", "1.5 core-minutes, a processor, 1 thread, commit abc."],
+    ]
+    assert outputs.section("another", records) == "Not measured yet."
+    with pytest.raises(UserError, match=r"has neither evaluation.md nor export.md: expected the output of python -m"):
+        outputs.update([figures], records, figures)

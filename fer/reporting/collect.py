@@ -1,6 +1,7 @@
 """Reading run folders: what each run is, how it ended, and its test predictions in a few bytes per image."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from fer.runs import RunFolder, read_json
 
 BINS = 15  # of the reliability diagram, as in the results' ECE
 WRONG_KEPT = 64  # most confidently wrong images kept of each run
-# Of the config: what a run is made of, everything else reaches these; and what fer.evaluate made of a trained one.
+# Of the config: what a run is made of, everything else but `start_from` reaches these; and what fer.evaluate made of a
+# trained one.
 SECTIONS = ("data", "model", "mix", "trainer", "evaluation")
 # Leaves that change where a run stands or how it is watched, not what it measures; `seed` and `fold` are the axes that
 # runs of one group differ in.
@@ -24,6 +26,9 @@ NOT_SETTINGS = (
     *("seed", "fold", "root", "cache", "num_workers", "accelerator", "threads", "enable_progress_bar"),
     *("enable_model_summary", "checkpoint_minutes", "checkpoint_steps", "log_every_n_steps"),
 )
+PATHS = ("/", "~", "./", "../")  # begin a path; `.5` is a number
+CHECKSUM = "sha256:"
+DIGITS = 12  # of a checksum, where it is shown
 REQUIRED = ("classes", "n", "metrics", "confusion", "split_fingerprint", "selected_on", "best_epoch", "tta", "weights")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -174,14 +179,31 @@ def flatten(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, node
 
 
+def without_folder(path: str) -> str:
+    """The name of a file given by its path; any other text as it is. Where a file lies is not what it holds."""
+    return Path(path).name if path.startswith(PATHS) else path
+
+
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """What two runs must share to be averaged, as dotted names; lists as text, so that values can be hashed."""
+    """What two runs must share to be averaged, as dotted names; lists as text, so that values can be hashed.
+
+    Files go by their names and `start_from` by its checksum; which weights the files held, ``results.json`` says.
+    """
     leaves = flatten({key: config[key] for key in SECTIONS if key in config})
-    return {
-        name: str(value) if isinstance(value, list) else value
+    found = {
+        name: without_folder(value) if isinstance(value, str) else str(value) if isinstance(value, list) else value
         for name, value in leaves
         if name.rpartition(".")[2] not in NOT_SETTINGS
     }
+    if config.get("start_from"):
+        folder, _, checksum = str(config["start_from"]).partition(f"@{CHECKSUM}")
+        found["start_from"] = short_checksums(f"{CHECKSUM}{checksum}") if checksum else Path(folder).name
+    return found
+
+
+def short_checksums(text: str) -> str:
+    """A text whose checksums have `DIGITS` hexadecimal digits, for people."""
+    return re.sub(rf"({CHECKSUM}[0-9a-f]{{{DIGITS}}})[0-9a-f]+", r"\1", text)
 
 
 def read_run(path: Path) -> Run:

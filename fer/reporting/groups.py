@@ -1,9 +1,9 @@
 """Which runs belong together.
 
-A **group** holds the runs that differ in nothing but fold and seed. Of them, those are averaged that have the same
-classes in the same order, the same number of images in all parts, for the same fold the same split (by fingerprint),
-and for different folds test parts that share no image or are the same. What does not fit starts a group of its own and
-the report says so. Of runs with the same fold and seed the newest counts.
+A **group** holds the runs that differ in nothing but fold and seed. Of them, those are averaged that began with the
+same weights, have the same classes in the same order, the same number of images in all parts, for the same fold the
+same split (by fingerprint), and for different folds test parts that share no image or are the same. What does not fit
+starts a group of its own and the report says so. Of runs with the same fold and seed the newest counts.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fer.metrics import Array
-from fer.reporting.collect import BINS, Run
+from fer.reporting.collect import BINS, Run, short_checksums
 from fer.reporting.statistics import mean_interval
 
 Key = tuple[Any, ...]
@@ -142,6 +142,9 @@ def _clash(run: Run, others: Iterable[Run]) -> str:
     """Why a run does not belong to others of the same settings; empty when it does."""
     for other in others:
         where = "" if run.fold is None else f" of fold {run.fold}"
+        if run.results["weights"] != other.results["weights"]:
+            began = [short_checksums(str(one.results["weights"])) for one in (run, other)]
+            return f"other initial weights ({began[0]}, not {began[1]})"
         if _classes(run) != _classes(other):
             return "other classes, or in another order"
         if _pool(run) != _pool(other):

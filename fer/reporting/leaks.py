@@ -125,7 +125,8 @@ def record(
     twins: dict[tuple[str, str, int], dict[str, RunFolder]] = defaultdict(dict)
     for folder, results in read:
         if "evaluation" not in results and results["fold"] is None:
-            setting = " ".join(w for w in setting_of(results["command"]).split() if not w.startswith(SELECTED))
+            typed = setting_of(results["command"], results["weights"]).split()
+            setting = " ".join(word for word in typed if not word.startswith(SELECTED))
             twins[setting, results["data"], results["seed"]][results["selected_on"]] = folder
     new_selections = [
         _selection(setting, pair["val"], pair["test"]) for (setting, _, _), pair in twins.items() if len(pair) == 2
@@ -150,7 +151,7 @@ def _order(trained: dict[str, Any], results: dict[str, Any], folder: RunFolder) 
     if training is None:
         raise UserError(f"{folder.path} tests a training that is not among these folders: give those of both")
     return Order(
-        setting=setting_of(training["command"]),
+        setting=setting_of(training["command"], training["weights"]),
         data=training["data"],
         seed=training["seed"],
         commit=str(training["git_commit"]),

@@ -66,7 +66,7 @@ class Result:
 
     Attributes:
         setting: the command's words that made the figures, `TRAIN` before them.
-        settings: digest of all values of its config but seed and fold.
+        settings: digest of all values of its config but seed and fold, and of the weights it began with.
         model, data: public names.
         classes: K names.
         n: images of each part, of the first repeat.
@@ -204,6 +204,7 @@ def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
     settings = settings_of(yaml.load(folder.config.read_text(), LOADER))
     # How many views a test averages stands by each test.
     text = str(sorted((name, str(value)) for name, value in settings.items() if name != "data.tta"))
+    text += results["weights"]
     val = results["metrics"]["val"]
     repeat = Repeat(
         seed=results["seed"],
@@ -218,7 +219,7 @@ def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
         tests={results["tta"]: _rows_of(results)},
     )
     return Result(
-        setting=setting_of(results["command"]),
+        setting=setting_of(results["command"], results["weights"]),
         settings=hashlib.sha256(text.encode()).hexdigest()[:12],
         model=results["model"],
         data=results["data"],

@@ -1,7 +1,9 @@
 """What of a command line made a run's figures."""
 
 import functools
+import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fer.config import CONF, compose_like_hydra
 from fer.errors import UserError
+from fer.reporting.collect import CHECKSUM, PATHS, short_checksums
 
 # Words of a command that say which repetition it is, or where it ran, but not what was measured.
 REPETITION = (
@@ -19,11 +22,16 @@ REPETITION = (
 )
 
 
-def setting_of(command: str) -> str:
+def setting_of(command: str, weights: str) -> str:
     """A command's words without those that say which repetition it is, and those that change nothing.
 
     A word changes nothing whose value its groups (``experiment=...``) give already; of ``sweep=...`` that is so where
-    its file holds axes alone, whose values the command has too. Of a path nothing is kept but that there was one.
+    its file holds axes alone, whose values the command has too. Of a path the name of the file is kept, of weights
+    with the beginning of their checksum, and of ``start_from`` the name of the run: ``rafdb-vit@sha256:0c06849be107``.
+
+    Args:
+        command: of a run.
+        weights: what it began with, as its results say.
 
     Raises:
         UserError: the command is none of ``conf/`` as it is now.
@@ -33,7 +41,7 @@ def setting_of(command: str) -> str:
     values = sorted(word for word in typed if word not in groups)
     groups = sorted((word for word in groups if not _axes_alone(word)), key=_experiment_first)
     plain = _composed(tuple(groups))
-    return shlex.join([*groups, *(_without_path(word) for word in values if not _said(plain, word))])
+    return shlex.join([*groups, *(_named(word, weights) for word in values if not _said(plain, word))])
 
 
 def _experiment_first(word: str) -> tuple[bool, str]:
@@ -50,9 +58,18 @@ def _composed(groups: tuple[str, ...]) -> Any:
         ) from None
 
 
-def _without_path(word: str) -> str:
+def _named(word: str, weights: str) -> str:
+    """A word that names a file or a run by its name and the checksum of the weights in it, never by its folder."""
     key, _, value = word.partition("=")
-    return f"{key}=..." if key == "start_from" or value.startswith(("/", "~", ".")) else word
+    if key == "start_from" and value != "null":
+        began = re.fullmatch(rf"run (\S+) .*({CHECKSUM}[0-9a-f]+)", weights)
+        return f"{key}={began[1]}@{short_checksums(began[2])}" if began else f"{key}=..."
+    path = value.strip("'\"").partition(f"@{CHECKSUM}")[0]
+    name = Path(path).name
+    read = re.search(rf"(?<![^\s(]){re.escape(name)} ({CHECKSUM}[0-9a-f]+)", weights) if name else None
+    if read:
+        return f"{key}={name}@{short_checksums(read[1])}"
+    return f"{key}={name}" if path.startswith(PATHS) else word
 
 
 def _axes_alone(word: str) -> bool:
