@@ -205,17 +205,21 @@ def finished(folder: Path, model: str, right: int, *words: str) -> None:
 def test_figures_are_read_from_run_folders(tmp_path: Path) -> None:
     finished(tmp_path / "a", "convcut", 170, "experiment=small/convcut")
     finished(tmp_path / "b", "convcut", 150, "experiment=without/convcut_detail")
+    finished(tmp_path / "b2", "convcut", 158, "experiment=without/convcut_attention")
     finished(tmp_path / "c", "dan", 180, "experiment=usual/dan", "start_from=/somewhere")
     finished(tmp_path / "d", "convcut", 10, "experiment=small/convcut", "data.occlusion=0.3")  # none of them
     older = {
         "runs": {"small/convcut": {"right": 1}, "small/timm": json.loads(RECORD.read_text())["runs"]["small/timm"]}
     }
     figures = record([tmp_path], older)
-    assert set(figures["runs"]) == {"small/convcut", "without/convcut_detail", "usual/dan", "small/timm"}
+    names = {"small/convcut", "without/convcut_detail", "without/convcut_attention", "usual/dan", "small/timm"}
+    assert set(figures["runs"]) == names
     text = easier(figures).replace("\N{NO-BREAK SPACE}", " ")
-    # Wilson's interval of 170 of 200, and a drop of ten points that lies outside of it.
+    # Wilson's interval of 170 of 200; a drop of ten points, 2.2 to 17.7; and one of six, -1.6 to 13.5, which is not
+    # told from none although 79.0 lies outside the whole network's interval.
     assert "| 85.0 % (79.4 to 89.3) |" in text
     assert "| **10.0** | 1.5 | 1,234 |" in text
+    assert "| 79.0 % (72.8 to 84.1) | 6.0 | 1.5 | 1,234 |" in text
     assert "`experiment=usual/dan` `start_from=...` | 90.0\N{NO-BREAK SPACE}%" in usual(figures)
     assert "/somewhere" not in json.dumps(figures)
 

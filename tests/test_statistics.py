@@ -13,6 +13,7 @@ from fer.reporting.statistics import (
     holm,
     mcnemar,
     mean_interval,
+    newcombe,
     paired_bootstrap,
     wilcoxon,
     wilson_half_width,
@@ -44,6 +45,15 @@ def test_wilson_interval_of_newcombe() -> None:
     # Newcombe, Statistics in Medicine 17 (1998), 857-872, table I: 81 of 263, score interval 0.2553 to 0.3662.
     assert wilson_half_width(81 / 263, 263) == pytest.approx((0.3662 - 0.2553) / 2, abs=1e-4)
     assert math.isnan(wilson_half_width(0.5, 0))
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [((56, 70, 48, 80), 0.0524, 0.3339), ((9, 10, 3, 10), 0.1705, 0.8090), ((5, 56, 0, 29), -0.0381, 0.1926)],
+)
+def test_difference_of_shares_of_newcombe(counts: tuple[int, int, int, int], low: float, high: float) -> None:
+    # Newcombe, Statistics in Medicine 17 (1998), 873-890, table II, method 10.
+    assert newcombe(*counts) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_mcnemar_of_fay() -> None:

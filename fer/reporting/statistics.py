@@ -63,6 +63,26 @@ def wilson_half_width(share: float, n: int) -> float:
     return z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
 
 
+def newcombe(right_a: int, n_a: int, right_b: int, n_b: int) -> tuple[float, float]:
+    """95 % interval of the difference of two shares, a minus b, each of its own sample.
+
+    Args:
+        right_a: how many of a's sample are right.
+        n_a: size of a's sample.
+        right_b: the same for b.
+        n_b: the same for b.
+
+    Source: Newcombe, Statistics in Medicine 17 (1998), 873-890, method 10: Wilson's intervals, without continuity
+    correction, put together.
+    """
+    a, b = right_a / n_a, right_b / n_b
+    (low_a, high_a), (low_b, high_b) = (
+        stats.binomtest(right, n).proportion_ci(CONFIDENCE, method="wilson")
+        for right, n in ((right_a, n_a), (right_b, n_b))
+    )
+    return a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)
+
+
 def bootstrap_scores(counts: Array, seed: int) -> tuple[tuple[float, float], tuple[float, float]]:
     """95 % percentile intervals of mean class accuracy and macro F1 over images drawn with replacement.
 
