@@ -1,5 +1,8 @@
 """Exports of a run: which files they are, and what was measured on the way."""
 
+import shlex
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from fer.exporting.graph import (
     largest_difference,
     session_of,
 )
+from fer.machine import machine
 from fer.metrics import Array
 from fer.runs import write_json, write_text
 from fer.trained import TrainedRun
@@ -120,7 +124,7 @@ def export_onnx(run: TrainedRun, output: Path, options: Options) -> list[Path]:
         record["int8"] = _quantised(run, data, network, path, written[-1], facts, options)
         write_text(output / TABLE, int8_table(record))
         written.append(output / TABLE)
-    write_json(output / RECORD, record)
+    write_json(output / RECORD, record | _cost())
     return [*written, output / RECORD]
 
 
@@ -145,6 +149,16 @@ def _onnx_facts(run: TrainedRun, options: Options, temperature: float | None) ->
         "class_names": run.module.class_names,
         "temperature": temperature,
         **facts_of(run, options.licence),
+    }
+
+
+def _cost() -> dict[str, Any]:
+    """The command of this process, and what it took and where so far."""
+    return {
+        "command": shlex.join(["python", "-m", "fer.export", *sys.argv[1:]]),
+        "cpu_seconds": time.process_time(),
+        "machine": machine() | {"accelerators": []},
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fer.config import CONF, guarded
 from fer.errors import UserError
-from fer.reporting import endurance, leaks, measured, reliability, small
+from fer.reporting import endurance, leaks, measured, outputs, reliability, small
 from fer.reporting.claims import Claim, load_claims
 from fer.reporting.results import TRAIN, Result, load_results
 from fer.reporting.speed import section
@@ -248,6 +248,7 @@ WRITERS: dict[str, Callable[[str], str]] = {
     "small": small.section,
     "reliability": reliability.section,
     "endurance": endurance.section,
+    "output": outputs.section,
 }
 
 
