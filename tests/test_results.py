@@ -1,7 +1,9 @@
 """Summaries of what was measured: from run folders to docs/results/measured, and from there to pages and report."""
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,31 @@ def test_later_runs_join_earlier_ones(runs: Path, tmp_path: Path) -> None:
     training(tmp_path / "other" / "0", 0, 0.9, epochs=3)  # the recipe has changed since
     changed = record([tmp_path / "other"], before)
     assert [len(row.repeats) for row in changed] == [1, 1]
+
+
+def aged(folder: Path, days: int) -> Path:
+    """The folder of a run that finished so many days ago."""
+    then = time.time() - 86400 * days
+    os.utime(folder / "results.json", (then, then))
+    return folder
+
+
+def test_the_newest_run_counts_whatever_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = record([aged(training(tmp_path / "first", 2, 0.6), 9)], [])
+    runs = tmp_path / "runs"
+    newest = [training(runs / "a" / str(seed), seed, 0.7) for seed in range(2)]
+    aged(training(runs / "b" / "0", 0, 0.5), 1)  # the same values
+    aged(training(runs / "b" / "1", 1, 0.4, epochs=3), 2)  # of another recipe
+    capsys.readouterr()
+    (row,) = record([runs], before)
+    assert [one.seed for one in row.repeats] == [0, 1, 2]
+    assert row.values("ten_crop", "acc")[0, None] == pytest.approx(right(newest[0]) / 100)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"experiment=fer2013_cpu: dropped {runs}/b/1 (seed 1 of commit None), since {runs}/a/")
+    training(tmp_path / "later" / "0", 0, 0.4, epochs=3)
+    (changed,) = record([tmp_path / "later"], [row])
+    assert [one.seed for one in changed.repeats] == [0]
+    assert "dropped what was recorded before (seed 0, seed 1, seed 2 of commit None)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The CPU-sized variants of conf/experiment/small, without and usual: what they keep, lack and learn."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,8 @@ def test_figures_are_read_from_run_folders(tmp_path: Path) -> None:
     finished(tmp_path / "b2", "convcut", 158, "experiment=without/convcut_attention")
     finished(tmp_path / "c", "dan", 180, "experiment=usual/dan", "start_from=/somewhere")
     finished(tmp_path / "d", "convcut", 10, "experiment=small/convcut", "data.occlusion=0.3")  # none of them
+    finished(tmp_path / "e", "dan", 60, "experiment=usual/dan")
+    os.utime(tmp_path / "e" / "results.json", (0, 0))  # older than the one above
     older = {
         "runs": {"small/convcut": {"right": 1}, "small/timm": json.loads(RECORD.read_text())["runs"]["small/timm"]}
     }

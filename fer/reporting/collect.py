@@ -142,6 +142,20 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
     return sorted(found)
 
 
+def finished_runs(roots: Sequence[Path]) -> list[RunFolder]:
+    """Every run folder with results at or under the roots, the oldest first, so that of several the newest is the last.
+
+    Raises:
+        UserError: as `find_runs`.
+    """
+    return sorted((folder for folder in map(RunFolder, find_runs(roots)) if folder.results.exists()), key=finished_at)
+
+
+def finished_at(folder: RunFolder) -> float:
+    """When a run finished, in seconds: the time of its results."""
+    return folder.results.stat().st_mtime
+
+
 def _walk(root: Path) -> Iterator[Path]:
     for folder, inner, files in os.walk(root):
         if "pretraining.json" in files:  # weights, no classifier: nothing to report on

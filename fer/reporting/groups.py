@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from fer.metrics import Array
-from fer.reporting.collect import BINS, Run, short_checksums
+from fer.reporting.collect import BINS, Run, finished_at, short_checksums
 from fer.reporting.statistics import mean_interval
+from fer.runs import RunFolder
 
 Key = tuple[Any, ...]
 NAMED = 3  # settings named in a label; the page has the rest
@@ -189,7 +190,7 @@ def make_groups(runs: Iterable[Run]) -> list[Group]:
     for (model, data, _), members in alike.items():
         finished = [run for run in members if run.status == "done"]
         parts: list[_Part] = []
-        for run in sorted(finished, key=_newest_first):
+        for run in sorted(finished, key=lambda run: -finished_at(RunFolder(run.path))):
             reasons = []
             for part in parts:
                 reason = _clash(run, part.firsts.values())
@@ -208,10 +209,6 @@ def make_groups(runs: Iterable[Run]) -> list[Group]:
     groups.sort(key=lambda g: (g.data, g.protocol, g.model, str(g.runs[0].path if g.runs else "")))
     _name(groups)
     return groups
-
-
-def _newest_first(run: Run) -> float:
-    return -(run.path / "results.json").stat().st_mtime
 
 
 def _number(value: int | None) -> int:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from fer.config import CONF
 from fer.errors import UserError
-from fer.reporting.collect import find_runs
+from fer.reporting.collect import finished_runs
 from fer.reporting.results import check_fields, hardware_of
 from fer.reporting.settings import setting_of
 from fer.reporting.statistics import mean_interval
@@ -114,8 +114,7 @@ def record(
     Raises:
         UserError: they say nothing, or the runs of a pair are not the same training.
     """
-    folders = [folder for folder in map(RunFolder, find_runs(runs)) if folder.results.exists()]
-    read = [(folder, read_json(folder.results)) for folder in folders]
+    read = [(folder, read_json(folder.results)) for folder in finished_runs(runs)]
     trained = {results["job_key"]: results for _, results in read if "evaluation" not in results}
     new_orders = [
         _order(trained, results, folder)

@@ -3,11 +3,14 @@
 RUNS are folders, such as a sweep's. Every finished training under them, and every evaluation of one by
 ``python -m fer.evaluate run=... tta=...`` on its own test part, goes to docs/results/measured/<data>.json: a row per
 setting, in it a repeat per seed and fold, with the confusion matrix of the test for each choice of views. Rows and
-repeats of earlier calls stay; a training takes the place of an older one with its setting, seed and fold, and where the
-values behind the setting have changed, of all older ones. Then the pages are written anew; without RUNS only that.
+repeats of earlier calls stay. Of trainings with one setting, seed and fold the newest counts, and of those whose setting
+stands for other values than the newest's none: by the time of their results, those of earlier calls being older than
+those of this one. Then the pages are written anew; without RUNS only that.
 """
 
+import functools
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +22,7 @@ import yaml
 from fer.config import CONF
 from fer.errors import UserError
 from fer.metrics import Array, scores
-from fer.reporting.collect import LOADER, find_runs, settings_of
+from fer.reporting.collect import LOADER, finished_runs, settings_of
 from fer.reporting.settings import setting_of
 from fer.runs import AGAIN, RunFolder, read_json, write_json
 
@@ -173,17 +176,15 @@ def record(runs: Sequence[Path], before: Iterable[Result]) -> list[Result]:
     Raises:
         UserError: there is none, or one was written by code that did not note its machine.
     """
-    found = [folder for folder in map(RunFolder, find_runs(runs)) if folder.results.exists()]
-    read = [(folder, read_json(folder.results)) for folder in found]
-    trained = [(folder, results) for folder, results in read if "evaluation" not in results]
+    read = [(folder, read_json(folder.results)) for folder in finished_runs(runs)]
     rows = {(row.data, row.setting): row for row in before}
-    for folder, results in trained:
-        new = _row(folder, results)
-        old = rows.get((new.data, new.setting))
-        if old is not None and old.settings != new.settings:
-            print(f"{new.setting} stands for other values than before: its older repeats are dropped")
-            old = None
-        rows[new.data, new.setting] = new if old is None else _merged(old, new)
+    trained: dict[tuple[str, str], list[tuple[Path, Result]]] = defaultdict(list)
+    for folder, results in read:
+        if "evaluation" not in results:
+            row = _row(folder, results)
+            trained[row.data, row.setting].append((folder.path, row))
+    for key, found in trained.items():
+        rows[key] = _joined(rows.get(key), found)
     seen = len(trained)
     for _, results in read:
         networks = results.get("evaluation", {}).get("networks", [])
@@ -244,6 +245,25 @@ def hardware_of(results: dict[str, Any]) -> str:
         return ", ".join(where["accelerators"])
     threads = results["threads"]
     return f"{where['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _joined(before: Result | None, found: Sequence[tuple[Path, Result]]) -> Result:
+    """The row recorded before and runs of its setting, oldest first, as far as they have the values of the newest."""
+    path, newest = found[-1]
+    alike = [row for _, row in found if row.settings == newest.settings]
+    other = [f"{older} ({_repeats(row)})" for older, row in found if row.settings != newest.settings]
+    if before is not None and before.settings == newest.settings:
+        alike.insert(0, before)
+    elif before is not None:
+        other.insert(0, f"what was recorded before ({_repeats(before)})")
+    if other:
+        print(f"{newest.setting}: dropped {', '.join(other)}, since {path} is newer and has other values behind it")
+    return functools.reduce(_merged, alike)
+
+
+def _repeats(row: Result) -> str:
+    names = [f"seed {one.seed}" + ("" if one.fold is None else f" fold {one.fold}") for one in row.repeats]
+    return f"{', '.join(names)} of commit {', '.join(dict.fromkeys(one.commit for one in row.repeats))}"
 
 
 def _merged(old: Result, new: Result) -> Result:

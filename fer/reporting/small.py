@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from fer.config import CONF, compose_like_hydra
 from fer.errors import UserError
-from fer.reporting.collect import find_runs
+from fer.reporting.collect import finished_runs
 from fer.reporting.statistics import newcombe
 from fer.reporting.tables import MINUS, together
 from fer.runs import RunFolder, read_json, write_json
@@ -102,8 +102,7 @@ def record(runs: Sequence[Path], before: dict[str, Any]) -> dict[str, Any]:
         UserError: there is none of them.
     """
     found = {}
-    finished = [folder for folder in map(RunFolder, find_runs(runs)) if folder.results.exists()]
-    for folder in finished:
+    for folder in finished_runs(runs):
         results = read_json(folder.results)
         trained = results["data"] == "synthetic" and "evaluation" not in results
         name = experiment_of(folder, results) if trained else None
