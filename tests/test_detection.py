@@ -144,6 +144,8 @@ def test_mistakes_about_the_data():
         module.validation_step({**batch_of(module, 2), "image": torch.zeros(2, 5, 3, 64, 64)}, 0)
 
     class Few:
+        tta = "none"
+
         def face_sizes(self, part):
             return np.array([[10.0, 12.0], [10.0, 12.0]], dtype=np.float32)
 
@@ -152,6 +154,10 @@ def test_mistakes_about_the_data():
         type(module).from_data(options, Few())
     assert type(module).from_data({**options, "detection": False}, Few()) == {}
     assert type(module).from_data({**options, "anchors": SHAPES}, Few()) == {}
+    Few.tta = "ten_crop"  # which the test alone would use, after the whole training
+    assert type(module).from_data({**options, "detection": False}, Few()) == {}
+    with pytest.raises(UserError, match=r"model\.detection=true looks at one view of an image: set data\.tta=none"):
+        type(module).from_data({**options, "anchors": SHAPES}, Few())
 
 
 # -- anchors ----------------------------------------------------------------------------------------------------------
@@ -518,6 +524,16 @@ def test_a_step_counts_what_it_finds():
     assert math.isnan(module.scores("val")["map50"])
     assert module.monitor == "val/map50"
     assert cheap("resattn_vit").monitor == "val/mean_acc"
+
+
+def test_faces_found_where_none_is_known_are_not_wrong():
+    """The one labelled face of an image has no box: the most confident detection in it says nothing."""
+    module = cheap("resattn_vit", *FINDS).eval()
+    batch = {"box": torch.tensor([[10.0, 10.0, 40.0, 40.0], [NAN] * 4]), "label": torch.tensor([0, 0])}
+    box, label = torch.tensor([[10.0, 10.0, 50.0, 50.0]]), torch.tensor([0])
+    module.note([Faces(box, label, torch.tensor([score])) for score in (0.9, 0.95)], batch, "val")
+    scores = detection_scores(module.seen["val"], ["a"], 0.5)
+    assert scores["map50"] == scores["drawn_precision"] == 1
 
 
 # -- data, pictures and a run -----------------------------------------------------------------------------------------

@@ -639,7 +639,11 @@ def test_data_without_regions_are_refused_before_training(tmp_path):
     with pytest.raises(UserError, match=r"RAF-DB.*data\.image=original.*fer\.prepare.*model\.rois=none"):
         MultiscaleRegion.from_data(config.model, data)
     config.model.rois = "none"
+    data.tta = "flip"
     assert MultiscaleRegion.from_data(config.model, data) == {}
+    config.model.rois = "detector"
+    with pytest.raises(UserError, match=r"model\.rois=detector looks at one view of an image: set data\.tta=none"):
+        MultiscaleRegion.from_data(config.model, data)
 
 
 def test_made_regions_and_faces_that_fill_their_images_are_told(tmp_path, caplog):

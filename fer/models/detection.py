@@ -1,7 +1,8 @@
 """Finding every face and naming its expression: known faces, head, loss, duplicates, and the module that reports it."""
 
 import abc
-from typing import Literal, NamedTuple, Self, Unpack
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -215,6 +216,17 @@ class FaceDetector(ExpressionModule):
         if detection:
             self.monitor, self.takes_mixed = "val/map50", False  # a blend of two faces has no one box
 
+    @classmethod
+    def from_data(cls, options: Mapping[str, Any], data: Any) -> dict[str, Any]:
+        """No values, but a look whether the test will show images in one view.
+
+        Raises:
+            UserError: It will not.
+        """
+        if options["detection"] and data.tta != "none":
+            raise several_views("model.detection=true")
+        return {}
+
     @property
     def splits(self) -> bool:
         """Not with detection, whose losses are means over the faces of the batch."""
@@ -236,7 +248,7 @@ class FaceDetector(ExpressionModule):
         if not self.detection:
             return super()._evaluate(batch, stage)
         if batch["image"].ndim != 4:
-            raise UserError("model.detection=true looks at one view of an image: set data.tta=none")
+            raise several_views("model.detection=true")
         logits, faces = self.find(batch["image"])
         self.note(faces, batch, stage)
         return self._count(logits.float().softmax(1), batch, stage)
@@ -245,7 +257,8 @@ class FaceDetector(ExpressionModule):
         """Keep what was found in a batch, and what is known of it, for the scores."""
         known = KnownFaces.of(batch)
         counted = known.present & (known.labels >= 0)
-        for i, found in enumerate(faces):
+        for i, image in enumerate(faces):
+            found = (x[known.complete[i].expand(len(x))] for x in image)
             true = (known.boxes[i, counted[i]], known.labels[i, counted[i]])
             self.seen[stage].append(Image(*(numbers(x) for x in (*found, *true))))
 
@@ -261,6 +274,11 @@ class FaceDetector(ExpressionModule):
         if self.detection and stage != "train":
             scores |= detection_scores(self.seen[stage], self.class_names, self.draw_score)
         return scores
+
+
+def several_views(what: str) -> UserError:
+    """The sentence for an option that cannot average over views."""
+    return UserError(f"{what} looks at one view of an image: set data.tta=none")
 
 
 def numbers(values: Tensor) -> Array:

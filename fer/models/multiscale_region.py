@@ -29,7 +29,7 @@ from fer.layers.regions import (
     without_duplicates,
 )
 from fer.models.base import Batch, Stage
-from fer.models.detection import DetectorOptions, FaceDetector, Faces, numbers
+from fer.models.detection import DetectorOptions, FaceDetector, Faces, numbers, several_views
 from fer.models.pretrained import timm_network
 
 log = logging.getLogger(__name__)
@@ -147,10 +147,12 @@ class MultiscaleRegion(FaceDetector):
         """No values, but a look whether the data knows regions, and a word on those made from landmarks.
 
         Raises:
-            UserError: It does not.
+            UserError: It does not, or the test will show images in several views.
         """
         if options["rois"] == "none":
             return {}
+        if data.tta != "none":
+            raise several_views(f"model.rois={options['rois']}")
         manifest = data.store.manifest
         if manifest.organ_boxes is None or not (manifest.organ_boxes > 0).any():
             raise _nothing_known(options["rois"], data.title)
@@ -266,7 +268,7 @@ class MultiscaleRegion(FaceDetector):
         if self.rois == "none":
             return super()._evaluate(batch, stage)
         if batch["image"].ndim != 4:
-            raise UserError(f"model.rois={self.rois} looks at one view of an image: set data.tta=none")
+            raise several_views(f"model.rois={self.rois}")
         known = self._known(batch)
         maps = self.network.forward_maps(batch["image"])
         judged = self.network.judge(maps)

@@ -209,7 +209,6 @@ class ResAttnViT(FaceDetector):
         )
         self.backbone_lr = backbone_lr
         if self.detection:
-            self.takes_mixed = False  # the faces of blended scenes are not blended
             cells = grid if detection_grid is None else detection_grid
             if not 1 <= cells <= grid:
                 raise UserError(f"model.detection_grid={detection_grid}: expected 1 to {grid} cells, or null")
@@ -226,8 +225,9 @@ class ResAttnViT(FaceDetector):
         """The anchors, from the training part's faces.
 
         Raises:
-            UserError: There are too few of them.
+            UserError: There are too few of them, or the test will show images in several views.
         """
+        super().from_data(options, data)
         if not options["detection"] or not isinstance(options["anchors"], int):
             return {}
         sizes = torch.from_numpy(data.face_sizes("train"))
