@@ -74,8 +74,7 @@ def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", 
         console().print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
     data.open()
     facts = data.facts()
-    if config.data.class_names is None:
-        config.data.class_names = data.class_names
+    config.data.class_names = data.class_names  # all of them where none was named, in the data's spelling
     architecture = get_class(config.model._target_)
     if issubclass(architecture, ExpressionModule):
         for option, value in architecture.from_data(config.model, data).items():

@@ -1,6 +1,6 @@
 """The canonical expressions. Every data set maps its own labels to these names, never to bare indices."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from fer.errors import UserError
 
@@ -34,6 +34,15 @@ def canonical(name: str) -> str:
             f"unknown expression name '{name}': expected one of {', '.join(EXPRESSIONS)} or a synonym "
             f"({', '.join(sorted(set(_SYNONYMS) - set(EXPRESSIONS)))})"
         ) from None
+
+
+def spelled_as(names: Iterable[str], known: Collection[str]) -> list[str]:
+    """``names`` as ``known`` has them: ``happy`` is ``happiness`` where only that is known; others stay as they are."""
+    found = []
+    for name in names:
+        other = _SYNONYMS.get(name.strip().lower(), name)
+        found.append(other if name not in known and other in known else name)
+    return found
 
 
 def index_map(source: Sequence[str], target: Sequence[str]) -> list[int]:

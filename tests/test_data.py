@@ -96,6 +96,28 @@ def test_class_order_changes_nothing_but_the_order(tmp_path: Path) -> None:
     six = opened(*words, f"data.class_names=[{','.join(names[:-1])}]")
     assert len(six.split.train) < len(a.split.train)
     assert names[-1] not in {a.class_names[a.label[i]] for i in six.split.train}
+    # What is left out on purpose is said, and other spellings are the same classes.
+    left = sum(facts["counts"][part][names[-1]] for facts in [a.facts()] for part in ("train", "val", "test"))
+    assert six.facts()["skipped"] == {f"class {names[-1]} is not in data.class_names": left}
+    angry = opened(*words, "data.class_names=[Angry,disgusted,afraid,happy,sad,surprised,normal]")
+    assert angry.class_names == names
+    assert angry.fingerprint() == a.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "said"),
+    [
+        ("fer2013", "anger,joyful,grumpy", "FER2013 has no joyful, grumpy; it has anger, disgust, fear"),
+        ("fer2013", "happiness,sad,happy", "happiness twice"),
+        ("folder", "anger,contempt", "folder of images has no contempt; it has anger"),
+        ("ckplus", "anger,grumpy", "CK\\+ has no grumpy"),
+    ],
+)
+def test_classes_that_the_data_does_not_have_are_refused(name: str, chosen: str, said: str, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path)
+    words = [f"data={name}", f"data.root={tmp_path}", f"data.class_names=[{chosen}]"]
+    with pytest.raises(UserError, match=said):
+        opened(*words, *(["protocol=holdout"] if name == "ckplus" else []))
 
 
 @pytest.mark.parametrize("resident", ["yes", "no"])

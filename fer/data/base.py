@@ -38,7 +38,7 @@ from fer.data.store import Store, open_store, stat_fingerprint
 from fer.data.transforms import TTA_VIEWS, Augment, Finish
 from fer.errors import UserError
 from fer.faces.framing import Framing
-from fer.labels import index_map
+from fer.labels import index_map, spelled_as
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ class DataOptions(TypedDict):
 
     Attributes:
         root: folder of the data set.
-        class_names: names and order of the model's outputs; images of other classes are left out. None: the data's.
+        class_names: names and order of the model's outputs, ``happy`` for ``happiness`` too; images of other classes
+            are left out, which the facts say. None: the data's.
         image_size: side in pixels of the network's input.
         mean, std: per-channel normalisation of an image in [0, 1].
         store_size: side in pixels of the images in the store.
@@ -88,6 +89,11 @@ class DataOptions(TypedDict):
     protocol: Protocol
     seed: int
     cache: str
+
+
+def class_left_out(name: str) -> str:
+    """Why images of a class are not used that ``data.class_names`` does not name."""
+    return f"class {name} is not in data.class_names"
 
 
 def _one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -192,11 +198,15 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         if self.on_disk and not Path(self.root).is_dir():
             raise self.missing("a folder")
 
-    def open(self) -> None:
+    def open(self, *, absent_classes: bool = False) -> None:
         """Open or build the store, map classes by name, split. Does nothing the second time.
 
+        Args:
+            absent_classes: ``class_names`` may name classes that the data does not have, for a network of other data.
+
         Raises:
-            UserError: the data is missing, unreadable images under ``on_bad_image=fail``, an impossible split.
+            UserError: the data is missing, classes that it does not have, unreadable images under
+                ``on_bad_image=fail``, an impossible split.
         """
         if self._opened:
             return
@@ -213,7 +223,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         manifest, self.regions = with_regions(self.store.manifest, self.store.windows)
         self.store = dataclasses.replace(self.store, manifest=manifest)
         self._check_bad_images()
-        self.class_names = self.wanted_classes or list(manifest.class_names)
+        self.class_names = self._chosen_classes(manifest.class_names, absent_classes)
         to_output = np.array(index_map(manifest.class_names, self.class_names))
         self.label = to_output[manifest.label]
         if (self.label < 0).all():
@@ -225,6 +235,22 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         view = dataclasses.replace(manifest, label=np.maximum(self.label, 0), class_names=tuple(self.class_names))
         self.split = self.protocol.split(view, self.store.copies, self.store.usable & (self.label >= 0))
         self._opened = True
+
+    def _chosen_classes(self, known: tuple[str, ...], absent: bool) -> list[str]:
+        """``class_names`` as the data spells them."""
+        if self.wanted_classes is None:
+            return list(known)
+        chosen = spelled_as(self.wanted_classes, known)
+        unknown = [name for name in chosen if name not in known]
+        if unknown and not absent:
+            raise UserError(
+                f"data.class_names: {self.title} has no {', '.join(unknown)}; it has {', '.join(known)}: name some of "
+                "these, or data.class_names=null for all"
+            )
+        twice = [name for name, n in Counter(chosen).items() if n > 1]
+        if twice:
+            raise UserError(f"data.class_names={self.wanted_classes} names {', '.join(twice)} twice; name each once")
+        return chosen
 
     def _check_bad_images(self) -> None:
         bad = self.store.bad
@@ -260,6 +286,9 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         """What ``split.json`` and the results record about the data: counts, differences, leaks, stamps."""
         manifest = self.store.manifest
         counts = {part: dict(zip(self.class_names, map(int, self.class_counts(part)), strict=True)) for part in PARTS}
+        skipped = Counter(why for _, why in (*manifest.skipped, *self.store.bad))
+        unnamed = manifest.label[self.store.usable & (self.label < 0)]
+        skipped.update(class_left_out(manifest.class_names[label]) for label in unnamed.tolist())
         return {
             "data": self.title,
             "form": manifest.form,
@@ -267,7 +296,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
             "counts": counts,
             "n": {part: len(rows) for part, rows in self.split.parts()},
             "count_differences": manifest.count_differences(),
-            "skipped": dict(Counter(why for _, why in (*manifest.skipped, *self.store.bad)).most_common()),
+            "skipped": dict(skipped.most_common()),
             "split": self.split.rule,
             "fold": self.split.fold,
             "drop_leaks": self.protocol.drop_leaks,

@@ -11,13 +11,13 @@ from typing import Unpack
 
 import numpy as np
 
-from fer.data.base import DataOptions
+from fer.data.base import DataOptions, class_left_out
 from fer.data.images import list_images, subfolders, valid_boxes
 from fer.data.manifest import Array, Manifest
 from fer.data.pixel_tables import PIXEL_COLUMNS, PixelTableModule, read_pixel_table
 from fer.data.tables import Skipped, check_option, csv_files, find_form, read_header, read_rows
 from fer.errors import UserError
-from fer.labels import canonical
+from fer.labels import canonical, spelled_as
 
 CLASSES = ("neutral", "anger", "contempt", "disgust", "fear", "happiness", "sadness", "surprise")  # codes 0 to 7
 SEQUENCES = dict(zip(CLASSES[1:], (45, 18, 59, 25, 69, 28, 83), strict=True))
@@ -56,7 +56,7 @@ ckextended.csv"""
     def __init__(self, *, form: str, frames: str, neutral: bool, **options: Unpack[DataOptions]) -> None:
         super().__init__(**options)
         check_option("frames", frames, tuple(_FRAMES))
-        wanted = CLASSES[not neutral :] if self.wanted_classes is None else tuple(self.wanted_classes)
+        wanted = CLASSES[not neutral :] if self.wanted_classes is None else spelled_as(self.wanted_classes, CLASSES)
         if ("neutral" in wanted) != neutral:
             raise UserError(
                 f"data.neutral={str(neutral).lower()} does not fit data.class_names={list(wanted)}: "
@@ -95,6 +95,7 @@ ckextended.csv"""
         names = []
         for path, name in _labels(emotions, Path(self.root), skipped):
             if name not in self.classes:
+                skipped.append((path.relative_to(self.root).as_posix(), class_left_out(name)))
                 continue
             directory = images / path.parent.relative_to(emotions)
             frames = [file for file in list_images(directory)[0] if _FRAME.match(file)] if directory.is_dir() else []
@@ -120,11 +121,12 @@ ckextended.csv"""
         paths: list[Path] = []
         names = []
         for name, directory in _class_folders(folder):
-            if name not in self.classes:
-                continue
-            sequences: dict[str, list[str]] = {}
             files, left_out = list_images(directory)
             prefix = directory.relative_to(self.root).as_posix()
+            if name not in self.classes:
+                skipped += [(f"{prefix}/{file}", class_left_out(name)) for file in files]
+                continue
+            sequences: dict[str, list[str]] = {}
             skipped += [(f"{prefix}/{file}", reason) for file, reason in left_out]
             for file in files:
                 match = _FRAME.match(file)
@@ -144,6 +146,8 @@ ckextended.csv"""
         self._tables = {table.name: table}
         names = [CSV_CLASSES[label] for label in table.emotion.tolist()]
         keep = np.array([name in self.classes for name in names], dtype=bool)
+        left = zip(table.item.tolist(), names, keep.tolist(), strict=True)
+        unnamed = [(item, class_left_out(name)) for item, name, kept in left if not kept]
         count = SEQUENCES | {"neutral": 593}
         return Manifest(
             item=table.item[keep],
@@ -151,7 +155,7 @@ ckextended.csv"""
             class_names=self.classes,
             split=np.full(int(keep.sum()), ""),
             form=f"{table.name}, peak frames",
-            skipped=tuple(table.skipped),
+            skipped=(*table.skipped, *unnamed),
             warnings=(
                 f"{table.name} names no subjects, so every split has the same people on both sides (so has its Usage "
                 "column, which is not used)",

@@ -188,5 +188,5 @@ def _other_data(node: dict[str, Any], run: TrainedRun) -> ExpressionDataModule:
         raise UserError(f"data._target_={node['_target_']} is no data set: expected an ExpressionDataModule")
     if data.wanted_classes != module.class_names:
         raise UserError("data.class_names: the classes are the network's, matched by name; leave it out")
-    data.open()
+    data.open(absent_classes=True)
     return data
