@@ -167,6 +167,17 @@ def count_problems(plain: dict[str, Any], least: dict[str, int]) -> list[str]:
     ]
 
 
+def require_counts(plain: dict[str, Any], least: dict[str, int]) -> None:
+    """Refuse values that are no whole numbers, or under their least ones.
+
+    Raises:
+        UserError: naming each of them, see `count_problems`.
+    """
+    problems = count_problems(plain, least)
+    if problems:
+        raise UserError("; ".join(problems))
+
+
 def several_devices(trainer: DictConfig) -> bool:
     """Whether ``trainer.devices`` and ``trainer.num_nodes`` ask for more than one device, or for all there are."""
     devices = trainer.devices

@@ -20,6 +20,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from torch import nn
 
 from fer.checkpoints import CheckpointFiles
+from fer.config import require_counts
 from fer.errors import UserError
 from fer.runs import write_json
 
@@ -58,9 +59,10 @@ class Unprofiled(PassThroughProfiler):
 
 
 class Trainer(lightning.Trainer):
-    """`lightning.Trainer` with three more arguments; all others are Lightning's own.
+    """`lightning.Trainer` with more arguments; all others are Lightning's own.
 
     Args:
+        max_epochs: epochs of the whole training, where its schedule ends; Lightning would also take no end.
         threads: CPU threads, a number or ``auto``; see `choose_threads`.
         channels_last: keep images and weights channels-last, which convolutions prefer.
         weight_ema: decay of the moving average of the weights that is validated, tested and kept, such as 0.9998; None
@@ -75,11 +77,15 @@ class Trainer(lightning.Trainer):
         precision: Lightning's, or ``auto``.
         devices: Lightning's.
         lightning_options: Lightning's other arguments, by their own names.
+
+    Raises:
+        UserError: a number or word that this run could not use.
     """
 
     def __init__(
         self,
         *,
+        max_epochs: int,
         threads: int | str,
         channels_last: bool,
         weight_ema: float | None,
@@ -93,6 +99,14 @@ class Trainer(lightning.Trainer):
         devices: Any,
         **lightning_options: Any,
     ) -> None:
+        if isinstance(max_epochs, bool) or not isinstance(max_epochs, int) or max_epochs < 1:
+            raise UserError(
+                f"trainer.max_epochs={max_epochs}: the learning rate's schedule ends with the last epoch, so give a "
+                "number from 1 on; trainer.patience may end it sooner"
+            )
+        counts = {"trainer.patience": patience, "trainer.checkpoint_steps": checkpoint_steps}
+        given = {key: value for key, value in counts.items() if value is not None}
+        require_counts(given, dict.fromkeys(given, 1))
         if on_nan not in ("stop", "skip"):
             raise UserError(f"trainer.on_nan={on_nan} is not one of stop, skip")
         if not (threads == "auto" or (isinstance(threads, int) and threads >= 1)):
@@ -111,6 +125,7 @@ class Trainer(lightning.Trainer):
         elif SLURMEnvironment.detect():
             plugins.append(SLURMEnvironment(auto_requeue=False))  # it would save in the middle of a step
         super().__init__(
+            max_epochs=max_epochs,
             precision=chosen,
             devices=devices,
             plugins=plugins,

@@ -64,8 +64,8 @@ class Mixing(Callback):
     ) -> None:
         """Mix in place, here rather than in the step itself: SAM's second pass must see the same batch."""
         assert isinstance(pl_module, ExpressionModule)
-        epochs = trainer.max_epochs or -1  # -1: no end
-        ending = 0 < epochs <= trainer.current_epoch + self.off_last_epochs
+        assert trainer.max_epochs is not None  # see fer.trainer.Trainer
+        ending = trainer.max_epochs <= trainer.current_epoch + self.off_last_epochs
         if self.transforms and not ending:
             batch.update(self.mixed(batch, pl_module.num_classes))
 
