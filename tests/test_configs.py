@@ -2,9 +2,10 @@
 
 import pytest
 from conftest import composed
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fer.config import CONF, argument_problems
+from fer.config import CONF, USER_MISTAKE, argument_problems, guarded
 from fer.safety import unsafe_entries
 
 ALL = sorted(path for path in CONF.rglob("*.yaml"))
@@ -43,3 +44,26 @@ def test_every_choice_composes_and_fits_its_classes(choice: str) -> None:
     assert isinstance(plain, dict)
     for key in plain.keys() & {"data", "model", "detector", "task"}:
         assert argument_problems({key: plain[key]}) == []
+
+
+UNUSABLE = [
+    *("data.batch_size=0", "data.eval_batch_size=0", "data.num_workers=-1", "data.batch_size=2.5"),
+    *("seed=-1", "seed=4294967296", "split_seed=-1"),
+    *("augment.crop_pct=0", "augment.crop_pct=1.5", "augment.crops_per_image=0"),
+    *("trainer.max_epochs=-1", "trainer.max_epochs=0", "trainer.max_epochs=null", "trainer.checkpoint_steps=0"),
+    *("trainer.patience=-1", "optim=sgd optim.schedule.every=0"),
+    *("loss=class_balanced loss.beta=1", "loss=class_balanced loss.beta=-0.1"),
+]
+
+
+@pytest.mark.parametrize("words", UNUSABLE)
+def test_a_value_that_cannot_be_used_is_refused_in_one_sentence(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    key = words.split()[-1].partition("=")[0]
+    config = composed("data=synthetic", *words.split())
+    node = {"seed": "data", "split_seed": "data", "augment": "data"}.get(key.partition(".")[0], key.partition(".")[0])
+    with pytest.raises(SystemExit) as ended:
+        guarded(lambda: instantiate(config[node]))
+    assert ended.value.code == USER_MISTAKE
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {key}=")
+    assert said.count("\n") == 1

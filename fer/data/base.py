@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 
+from fer.config import require_counts
 from fer.data.images import BadImage, read_image
 from fer.data.loaders import EpochSampler, Order, ResidentLoader, StoreDataset, WorkerLoader
 from fer.data.manifest import PARTS, Array, Manifest, Part
@@ -149,6 +150,11 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         cache: str,
     ) -> None:
         super().__init__()
+        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "num_workers": num_workers}
+        least = {"seed": 0, "data.batch_size": 1, "data.eval_batch_size": 1, "data.num_workers": 0}
+        require_counts({"seed": seed, **{f"data.{key}": value for key, value in counts.items()}}, least)
+        if seed >= 2**32:
+            raise UserError(f"seed={seed}: numpy's generators take numbers below 2**32 only")
         _one_of("channels", channels, (1, 3))
         _one_of("resident", resident, ("auto", "yes", "no"))
         _one_of("on_bad_image", on_bad_image, ("fail", "skip"))

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fer.config import require_counts
 from fer.data.manifest import PARTS, Array, Manifest
 from fer.data.splits import Split, groups_of, stratified_folds
 from fer.errors import UserError
@@ -46,11 +47,12 @@ class Protocol(ABC):
     stamp: str | None
 
     def __post_init__(self) -> None:
-        """Refuse unknown words.
+        """Refuse unknown words and a seed that no generator takes.
 
         Raises:
             UserError: naming the key and what it may be.
         """
+        require_counts({"split_seed": self.split_seed}, {"split_seed": 0})
         self._one_of("select_on", "val", "test")
         self._one_of("by", "auto", "image")
 

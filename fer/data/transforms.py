@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fer.config import require_counts
 from fer.data.batched import BatchAugment
 from fer.data.places import PLACES, follow, inverse
+from fer.errors import UserError
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing must make no network call
 
@@ -40,9 +42,19 @@ class Augment:
     batched: BatchAugment | None
     per_image: list[Any]
 
+    def __post_init__(self) -> None:
+        """Refuse a crop that is no part of the image, or no crop at all.
+
+        Raises:
+            UserError: naming the key.
+        """
+        if not 0 < self.crop_pct <= 1:
+            raise UserError(f"augment.crop_pct={self.crop_pct} must lie above 0 and up to 1, the whole image")
+        require_counts({"augment.crops_per_image": self.crops_per_image}, {"augment.crops_per_image": 1})
+
     def crop_side(self, side: int) -> int:
         """Crop in whole pixels of a stored image of this side."""
-        return round(side * self.crop_pct)
+        return max(1, round(side * self.crop_pct))
 
 
 def central(side: int, crop: int) -> Tensor:

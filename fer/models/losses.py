@@ -138,6 +138,12 @@ class ClassBalanced(ExpressionLoss):
     takes_mixed = splits = True
     weight: Tensor | None
 
+
+    Args:
+        beta: 0 weighs all classes alike; towards 1 the weights go to inverse frequency.
+
+    Raises:
+        UserError: beta is not in [0, 1).
     def __init__(self, beta: float) -> None:
         super().__init__()
         self.beta = beta
@@ -145,6 +151,11 @@ class ClassBalanced(ExpressionLoss):
 
     def setup(self, class_counts: Tensor) -> None:
         """Compute the class weights; classes without an image get 0."""
+        if not 0 <= beta < 1:
+            raise UserError(
+                f"loss.beta={beta} must lie from 0 to below 1: 0.9999 comes near to weights by inverse frequency, "
+                "which loss=cross_entropy loss.class_weights=balanced has"
+            )
         present = class_counts > 0
         effective = (1 - self.beta ** class_counts.double()) / (1 - self.beta)
         weight = torch.where(present, 1 / effective.clamp(min=1), 0.0)

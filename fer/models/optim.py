@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fer.config import require_counts
+
 ParameterGroup = dict[str, Any]
 
 
@@ -83,6 +85,14 @@ class StepDecay:
     every: int
     gamma: float
     floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a decay every 0 epochs.
+
+        Raises:
+            UserError: naming the key.
+        """
+        require_counts({"optim.schedule.every": self.every}, {"optim.schedule.every": 1})
 
     def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
         """Piecewise constant over epochs."""
