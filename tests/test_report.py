@@ -24,6 +24,7 @@ from scipy import stats
 from fer.config import CONF
 from fer.errors import UserError
 from fer.report import run
+from fer.reporting import contents
 from fer.reporting.benches import make_benches
 from fer.reporting.claims import Claim, beside, load_claims
 from fer.reporting.collect import Run, read_run, read_runs
@@ -116,6 +117,32 @@ def test_folds_and_seeds_are_one_group_and_other_settings_another(tmp_path: Path
     assert len({group.id for group in groups}) == 2
 
 
+def test_several_folds_of_several_seeds_are_as_many_figures_as_folds(tmp_path: Path) -> None:
+    runs, accuracy = tmp_path / "runs", np.zeros((3, 2))
+    for fold in range(3):
+        for seed in range(2):
+            write_run(runs / f"{fold}-{seed}", words=FOLDS, fold=fold, seed=seed, accuracy=0.5 + 0.1 * fold)
+            table = pd.read_csv(runs / f"{fold}-{seed}" / "predictions.csv")
+            accuracy[fold, seed] = (table["label"] == table["predicted"]).mean()
+    run(composed(f"runs={runs}", f"output={tmp_path / 'out'}", command="report"))
+    low, high = stats.t.interval(0.95, 2, accuracy.mean(), stats.sem(accuracy.mean(1)))
+    line = pd.read_csv(tmp_path / "out" / "groups.csv").iloc[0]
+    assert line[["acc_mean", "acc_low", "acc_high"]].to_numpy(float) == pytest.approx([accuracy.mean(), low, high])
+    # Pooled: all predictions together, which the folds' mean class accuracies do not give.
+    every = pd.concat([pd.read_csv(path) for path in runs.glob("*/predictions.csv")])
+    recall = (every["label"] == every["predicted"]).groupby(every["label"]).mean().mean()
+    assert line["mean_acc_pooled"] == pytest.approx(recall, abs=1e-12)
+    assert abs(line["mean_acc_mean"] - recall) > 1e-6
+    page = (tmp_path / "out" / "report.md").read_text()
+    head = next(text for text in page.splitlines() if text.startswith("| model | accuracy"))
+    row = next(text for text in page.splitlines() if text.startswith("| cbam") and " to " in text)
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert "95 % over folds" in head
+    assert cells["pooled accuracy, %"] == f"{100 * accuracy.mean():.2f}"
+    assert cells["pooled mean class, %"] == f"{100 * recall:.2f}"
+    assert "95 % interval over folds" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_the_same_fold_and_seed_counts_once(tmp_path: Path) -> None:
     write_run(tmp_path / "old", accuracy=0.5)
     time.sleep(0.02)
@@ -181,7 +208,8 @@ def test_rotating_validation_with_one_test_part_belongs_together(tmp_path: Path)
             content["protocol"]["fold"], content["seed"] = fold, 0
             path.write_text(json.dumps(content))
     group = one_group(tmp_path)
-    assert group.folds == [0, 1, 2]
+    assert (group.folds, group.disjoint, group.over) == ([0, 1, 2], False, "folds")
+    assert "pooled accuracy, %" not in contents.results(make_benches([group])[0]).columns
 
 
 def test_failed_unfinished_and_missing_runs_are_named(house: tuple[Path, Path]) -> None:

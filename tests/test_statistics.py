@@ -15,6 +15,8 @@ from fer.reporting.statistics import (
     mean_interval,
     newcombe,
     paired_bootstrap,
+    repeated_over,
+    repetitions,
     wilcoxon,
     wilson_half_width,
 )
@@ -39,6 +41,17 @@ def test_mean_interval_of_students_sleep_data() -> None:
 @pytest.mark.parametrize(("values", "known"), [([], 0), ([0.5], 1), ([0.5, 0.5], 4)])
 def test_mean_interval_says_only_what_the_runs_can(values: list[float], known: int) -> None:
     assert [math.isfinite(value) for value in mean_interval(values)] == [True] * known + [False] * (4 - known)
+
+
+def test_seeds_of_a_fold_are_averaged_before_anything_else() -> None:
+    runs = {(0, 0): 0.5, (1, 0): 0.7, (0, 1): 0.9, (0, 2): None}
+    assert (repetitions(runs), repeated_over(runs)) == ([pytest.approx(0.6), 0.9], "folds")
+    assert (repetitions({(0, None): 0.5, (1, None): 0.7}), repeated_over({(0, None), (1, None)})) == (
+        [0.5, 0.7],
+        "seeds",
+    )
+    assert repetitions({(0, 4): 0.5, (1, 4): 0.7}) == [0.5, 0.7]  # one fold of several: what varies are the seeds
+    assert repetitions({(0, 0): 0.5, (1, 0): 0.7, (0, 1): None}) == [pytest.approx(0.6)]  # a class that one fold has
 
 
 def test_wilson_interval_of_newcombe() -> None:
@@ -207,6 +220,14 @@ def by_interval(rng: np.random.Generator, gain: float) -> float:
     return float(low <= 0 <= high)
 
 
+def by_folds(rng: np.random.Generator, gain: float) -> float:
+    """The same of 5 folds of 3 seeds each, where folds differ more than seeds: 15 runs are 5 figures."""
+    figures = gain + rng.normal(0, 0.02, (5, 1)) + rng.normal(0, 0.01, (5, 3))
+    runs = {(seed, fold): figures[fold, seed] for fold in range(5) for seed in range(3)}
+    _, _, low, high = mean_interval(repetitions(runs))
+    return float(low <= 0 <= high)
+
+
 @pytest.mark.parametrize(
     ("test", "gain", "power"),
     [
@@ -217,6 +238,7 @@ def by_interval(rng: np.random.Generator, gain: float) -> float:
         (by_wilcoxon, 0.03, 0.6),
         (by_holm, 0.03, 0.6),
         (by_interval, 0.03, 0.6),
+        (by_folds, 0.04, 0.6),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

@@ -466,7 +466,7 @@ def forge(
 def forged(acc: float, **more: Any) -> dict[str, Any]:
     metrics = {"test": {"acc": acc, "mean_acc": acc, "macro_f1": acc, "acc_b": None}, "val": {"mean_acc": acc}}
     standard = {"model": "m", "data": "d", "protocol": {"folds": 3}, "protocol_name": "kfold", "fold": 0, "seed": 0}
-    more = {"classes": ["a", "b"], "split_fingerprint": f"f{more.get('fold', 0)}", **more}
+    more = {"classes": ["a", "b"], "weights": "random", "split_fingerprint": f"f{more.get('fold', 0)}", **more}
     rest = {"selected_on": "val", "stamps": [], "code_version": "v", "confusion": {"test": [[2, 1], [0, 0]]}}
     return {**standard, **rest, "metrics": metrics, **more}
 
@@ -502,14 +502,19 @@ def test_groups_differ_in_everything_but_fold_and_seed(tmp_path: Path) -> None:
     groups = aggregate(tmp_path / "s")["groups"]
     assert [g["setting"] for g in groups] == [{"loss": "focal"}, {"loss": "center"}]
     for group, x in zip(groups, values.reshape(2, 6), strict=True):
-        assert (group["n"], group["folds"], group["seeds"]) == (6, [0, 1, 2], [0, 1])
-        low, high = stats.t.interval(0.95, 5, loc=x.mean(), scale=stats.sem(x))
+        assert (group["n"], group["folds"], group["seeds"], group["over"]) == (6, [0, 1, 2], [0, 1], "folds")
+        folds = x.reshape(3, 2).mean(1)  # the seeds of a fold are no further folds
+        low, high = stats.t.interval(0.95, 2, loc=x.mean(), scale=stats.sem(folds))
+        assert group["std"]["test/acc"] == pytest.approx(folds.std(ddof=1), abs=1e-12)
+        assert group["values"]["test/acc"] == x.tolist()
         assert group["interval"]["test/acc"] == pytest.approx([low, high], abs=1e-12)
         assert group["confusion"] == [[12, 6], [0, 0]]
         assert np.isnan(group["mean"]["test/acc_b"])  # no fold had an image of it
 
 
-@pytest.mark.parametrize("odd", [{"classes": ["b", "a"]}, {"split_fingerprint": "other"}])
+@pytest.mark.parametrize(
+    "odd", [{"classes": ["b", "a"]}, {"split_fingerprint": "other"}, {"weights": "run x (random) best.ckpt sha256:d"}]
+)
 def test_what_does_not_belong_together_is_not_averaged(tmp_path: Path, odd: dict[str, Any]) -> None:
     forge(tmp_path / "s", {"seed-0": forged(0.5), "seed-1": forged(0.7, seed=1, **odd)})
     record = aggregate(tmp_path / "s")

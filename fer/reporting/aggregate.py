@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fer.metrics import scores
-from fer.reporting.statistics import mean_interval
+from fer.reporting.statistics import mean_interval, repeated_over, repetitions
 from fer.reporting.tables import inert
 from fer.runs import RunFolder, read_json
 
@@ -88,6 +88,8 @@ class Group:
         splits: dict[Any, tuple[str, str]] = {}
         for name, results in done:
             first, reference = done[0]
+            if results["weights"] != reference["weights"]:
+                return f"not averaged: {first} began with {reference['weights']}, {name} with {results['weights']}"
             if results["classes"] != reference["classes"]:
                 return (
                     f"not averaged: {first} has the classes {', '.join(reference['classes'])}, "
@@ -126,11 +128,13 @@ class Group:
 
 
 def _figures(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean, standard deviation and interval of every metric over runs, and the summed test confusion matrix."""
+    """Mean, standard deviation and interval of every metric, and the summed test confusion matrix."""
+    places = [(r["seed"], r["fold"]) for r in results]
     flat = [{f"{part}/{name}": v for part in r["metrics"] for name, v in r["metrics"][part].items()} for r in results]
     # A fold that lacks a class has no accuracy for it; the mean is over those that have.
     values = {metric: [run.get(metric) for run in flat] for metric in dict.fromkeys(m for run in flat for m in run)}
-    moments = {metric: mean_interval([v for v in of_runs if v is not None]) for metric, of_runs in values.items()}
+    alone = {metric: repetitions(dict(zip(places, of_runs, strict=True))) for metric, of_runs in values.items()}
+    moments = {metric: mean_interval(figures) for metric, figures in alone.items()}
     classes = results[0]["classes"] if results else []
     confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
     for run in results:
@@ -138,6 +142,7 @@ def _figures(results: list[dict[str, Any]]) -> dict[str, Any]:
     pooled = scores(confusion, classes) if results else {}
     return {
         "classes": classes,
+        "over": repeated_over(places),
         "mean": {metric: m[0] for metric, m in moments.items()},
         "std": {metric: m[1] for metric, m in moments.items()},
         "interval": {metric: [m[2], m[3]] for metric, m in moments.items()},
@@ -155,8 +160,9 @@ def aggregate(folder: Path) -> dict[str, Any]:
 
     Returns:
         The content of ``aggregate.json``; each of its ``groups`` has model, data, protocol, further setting, n, folds,
-        seeds, mean, std, 95 % interval (Student's t) and values per metric, summed confusion (rows are labels), scores
-        of that matrix (``pooled``), failed jobs, and ``refused``, why it is not averaged.
+        seeds; ``over``, ``folds`` (the seeds of each averaged first) or ``seeds``, and over these mean, std and 95 %
+        interval (Student's t) per metric; its values of the single runs; summed confusion (rows are labels), scores of
+        that matrix (``pooled``), failed jobs, and ``refused``, why it is not averaged.
     """
     jobs = jobs_of(folder)
     varying = {
@@ -234,7 +240,9 @@ def _folds(group: dict[str, Any]) -> str:
 def table(record: dict[str, Any]) -> Table:
     """The rows for a terminal."""
     head, *body = rows(record)
-    shown = Table(title=f"{record['sweep']}: test figures in %, mean ± standard deviation [95 % interval]", box=None)
+    over = " or ".join(sorted({group["over"] for group in record["groups"] if group["values"]})) or "runs"
+    title = f"{record['sweep']}: test figures in %, mean ± standard deviation [95 % interval] over {over}"
+    shown = Table(title=title, box=None)
     for heading in head:
         shown.add_column(heading, justify="left" if heading == head[0] else "right", overflow="fold")
     for row in body:
@@ -247,8 +255,9 @@ def markdown(record: dict[str, Any], command: str) -> str:
     head, *body = rows(record)
     lines = [f"# {record['sweep']}", "", f"`{command}`", "", *_markdown_table(head, body), ""]
     lines += [
-        "Test figures in per cent over n runs: mean ± sample standard deviation [95 % interval, Student's t]. Folds",
-        "share training images, so their interval is a guide, not a guarantee.",
+        "Test figures in per cent: mean ± sample standard deviation [95 % interval, Student's t] over folds, the seeds",
+        "of each averaged first, or where there are none over seeds. Folds share training images, so their interval is",
+        "a guide, not a guarantee.",
         "",
     ]
     if problems := failures(record):
@@ -273,7 +282,7 @@ def _confusion_section(group: dict[str, Any]) -> list[str]:
         f"All {counts.sum():,} held-out predictions together: {pooled}. Epoch chosen on: {chosen}.",
         *(f"**{inert(stamp)}**" for stamp in group["stamps"]),
         "",
-        *_markdown_table(["label \\ predicted", *classes, "images"], body),
+        *_markdown_table(["label \\ predicted", *classes, "predictions"], body),
         "",
     ]
 

@@ -31,6 +31,11 @@ class Bench:
         return f"{self.data} · {self.protocol}" + (f" ({shown})" if shown else "")
 
     @property
+    def over(self) -> str:
+        """``folds`` or ``seeds``, or both where groups differ in it: what the intervals are over."""
+        return " or ".join(sorted({group.over for group in self.groups}))
+
+    @property
     def shared_stamps(self) -> list[str]:
         """Stamps that all its groups carry, so that they do not set any apart from the others."""
         return [stamp for stamp in self.groups[0].stamps if all(stamp in group.stamps for group in self.groups)]

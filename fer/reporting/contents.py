@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from fer.metrics import scores
 from fer.reporting.benches import Bench
 from fer.reporting.claims import Beside, Claim
 from fer.reporting.comparisons import METRICS, Verdict
 from fer.reporting.groups import Group
 from fer.reporting.statistics import wilson_half_width
-from fer.reporting.tables import DASH, NONE, Cell, Row, Table, interval, mean_std, number, percent, words
+from fer.reporting.tables import ABOUT_POOLED, DASH, NONE, Cell, Row, Table, interval, mean_std, number, percent, words
 
 SHOWN = ("acc", "mean_acc", "macro_f1", "ece", "nll")
 PARTS = ("train", "val", "test")
@@ -27,20 +26,25 @@ FOUND = {
 
 
 def results(bench: Bench) -> Table:
-    """Scores of each group, best accuracy first, those set apart below."""
-    rows = []
+    """Scores of each group, best accuracy first, those set apart below; those of all folds together where there are."""
+    pooled, rows = any(group.disjoint for group in bench.groups), []
     for group in bench.ranked:
         acc, mean_acc = group.interval("acc"), group.interval("mean_acc")
         cells = [words(group.label), mean_std(*acc[:2]), interval(*acc[2:]), mean_std(*mean_acc[:2])]
         cells += [interval(*mean_acc[2:]), percent(group.interval("macro_f1")[0]), percent(group.interval("ece")[0], 1)]
-        half = wilson_half_width(acc[0], group.images)
+        cells += [percent(group.pooled[metric]) if group.disjoint else NONE for metric in METRICS] if pooled else []
+        half = wilson_half_width(group.pooled["acc"], group.images)
         cells += [_runs(group), Cell(f"± {percent(half).text}", half)]
         rows.append(_row(bench, group, cells, _record(bench, group, half)))
-    columns = ["model", "accuracy, %", "95 % interval", "mean class, %", "95 % interval", "macro F1, %", "ECE, %"]
+    over = f"95 % over {bench.over}"
+    columns = ["model", "accuracy, %", over, "mean class, %", over, "macro F1, %", "ECE, %"]
+    columns += ["pooled accuracy, %", "pooled mean class, %"] if pooled else []
     note = (
-        "Mean ± standard deviation over runs, with Student's t interval of the mean. Last column: half of Wilson's "
-        "95 % interval of the accuracy for this number of test images, which no number of runs makes smaller."
+        "Mean ± standard deviation and Student's t interval of the mean: over folds, the seeds of each averaged first, "
+        "or where there is one split over seeds. Last column: half of Wilson's 95 % interval of the accuracy for this "
+        "number of test images, which no number of runs makes smaller."
     )
+    note += f" {ABOUT_POOLED}" if pooled else ""
     return Table(f"{bench.title}: results", [*columns, "runs", "± by images"], rows, note)
 
 
@@ -63,11 +67,11 @@ def _record(bench: Bench, group: Group, half: float) -> dict[str, Any]:
     out: dict[str, Any] = {"group": group.id, "model": group.model, "label": group.label, "data": group.data}
     out |= {"protocol": bench.protocol, "bench": bench.title, "set_apart": bench.apart(group)}
     out |= {"runs": len(group.runs), "folds": len(group.folds), "seeds": len(group.seeds), "images": group.images}
+    out["over"] = group.over
     for metric in SHOWN:
         names = ("mean", "std", "low", "high")
         out |= {f"{metric}_{name}": value for name, value in zip(names, group.interval(metric), strict=True)}
-    pooled = scores(group.confusion, group.classes)
-    out |= {f"{metric}_pooled": pooled[metric] for metric in ("acc", "mean_acc", "macro_f1")}
+    out |= {f"{metric}_pooled": group.pooled[metric] for metric in ("acc", "mean_acc", "macro_f1")}
     return out | {"acc_image_half_width": half, "settings": "; ".join(group.differs)}
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from fer.metrics import Array
+from fer.metrics import Array, scores
 from fer.reporting.collect import BINS, Run, finished_at, short_checksums
-from fer.reporting.statistics import mean_interval
+from fer.reporting.statistics import mean_interval, repeated_over, repetitions
 from fer.runs import RunFolder
 
 Key = tuple[Any, ...]
@@ -88,20 +88,41 @@ class Group:
         """The seeds that finished."""
         return sorted({run.seed for run in self.runs if run.seed is not None})
 
+    def _by_place(self, metric: str) -> dict[tuple[int | None, int | None], float | None]:
+        return {(run.seed, run.fold): run.results["metrics"]["test"].get(metric) for run in self.runs}
+
     def values(self, metric: str) -> list[float]:
         """A test metric of every run that has it (a fold may lack a class)."""
-        found = (run.results["metrics"]["test"].get(metric) for run in self.runs)
-        return [float(value) for value in found if value is not None]
+        return [float(value) for value in self._by_place(metric).values() if value is not None]
 
     def interval(self, metric: str) -> tuple[float, float, float, float]:
-        """Mean, standard deviation and 95 % interval over the runs."""
-        return mean_interval(self.values(metric))
+        """Mean, standard deviation and 95 % interval over folds, the seeds of each averaged, or else over seeds."""
+        return mean_interval(repetitions(self._by_place(metric)))
+
+    @property
+    def over(self) -> str:
+        """``folds`` or ``seeds``: what `interval` is over."""
+        return repeated_over(self._by_place("acc"))
 
     @cached_property
     def confusion(self) -> Array:
         """(K, K) counts summed over all runs."""
         counts: Array = np.sum([run.results["confusion"]["test"] for run in self.runs], axis=0)
         return counts
+
+    @cached_property
+    def pooled(self) -> dict[str, float]:
+        """Scores of the test predictions of all folds together, see `fer.metrics.scores`; each seed of a fold alike."""
+        folds: dict[int | None, list[Any]] = defaultdict(list)
+        for run in self.runs:
+            folds[run.fold].append(run.results["confusion"]["test"])
+        return scores(np.sum([np.mean(of_fold, axis=0) for of_fold in folds.values()], axis=0), self.classes)
+
+    @cached_property
+    def disjoint(self) -> bool:
+        """Whether there are several folds and no image is tested in two of them."""
+        sizes = {run.fold: run.results["n"]["test"] for run in self.runs}
+        return len(sizes) > 1 and sum(sizes.values()) == self.images
 
     @cached_property
     def bins(self) -> Array:

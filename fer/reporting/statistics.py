@@ -4,7 +4,7 @@ Every comparison is of a with b: a positive difference says a is better. All tes
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,14 +33,14 @@ class Comparison(NamedTuple):
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float, float]:
-    """Mean, sample standard deviation and Student's t interval of a group of runs.
+    """Mean, sample standard deviation and Student's t interval of independent figures.
 
     Args:
-        values: one figure per run.
+        values: the figures, see `repetitions`.
 
     Returns:
-        (mean, std with n - 1, low, high), the 95 % interval of the mean; NaN where the number of runs does not give
-        it: everything without a run, all but the mean with one.
+        (mean, std with n - 1, low, high), the 95 % interval of the mean; NaN where the number of figures does not give
+        it: everything without one, all but the mean with one.
     """
     x = np.asarray(values, dtype=np.float64)
     n = len(x)
@@ -50,6 +50,32 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float, float]:
     std = float(x.std(ddof=1))
     half = float(stats.t.isf((1 - CONFIDENCE) / 2, n - 1)) * std / math.sqrt(n)
     return mean, std, mean - half, mean + half
+
+
+def repetitions(values: Mapping[tuple[int | None, int | None], float | None]) -> list[float]:
+    """The figures that `mean_interval` may take for independent: of several folds one each, averaged over its seeds.
+
+    The runs of a fold share its images and most of what else makes them differ from those of another fold; counted as
+    independent they would make the interval too narrow, and narrower with every seed.
+
+    Args:
+        values: figures by seed and fold, None where a run has none (a fold may lack a class).
+
+    Returns:
+        One per fold where there are several, else one per seed.
+    """
+    folds: dict[int | None, list[float]] = {fold: [] for _, fold in values}
+    for (_, fold), value in values.items():
+        if value is not None:
+            folds[fold].append(value)
+    if len(folds) < 2:
+        return [value for of_fold in folds.values() for value in of_fold]
+    return [float(np.mean(of_fold)) for of_fold in folds.values() if of_fold]
+
+
+def repeated_over(values: Iterable[tuple[int | None, int | None]]) -> str:
+    """``folds`` or ``seeds``: what `repetitions` of runs, by seed and fold, repeat."""
+    return "folds" if len({fold for _, fold in values}) > 1 else "seeds"
 
 
 def wilson_half_width(share: float, n: int) -> float:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+ABOUT_POOLED = "Pooled: of all folds' test predictions together, in which every class has all its images."
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
