@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import composed
+import yaml
+from conftest import TINY, composed
 from fake_runs import write_run
 from scipy import stats
 
@@ -25,6 +26,7 @@ from fer.reporting.settings import setting_of
 from fer.reporting.tables import DASH, MINUS
 from fer.runs import write_json
 
+KFOLD = [*TINY, "protocol=kfold", "protocol.folds=3"]
 FILE, FILE_WORD = f"b.pth sha256:{'e' * 64}", f"b.pth@sha256:{'e' * 12}"
 COMMAND = "python -m fer.train hydra.mode=RUN experiment=fer2013_cpu protocol.drop_leaks={} seed={} sweep=fer_cpu"
 
@@ -145,6 +147,47 @@ def test_the_newest_run_counts_whatever_its_name(tmp_path: Path, capsys: pytest.
     (changed,) = record([tmp_path / "later"], [row])
     assert [one.seed for one in changed.repeats] == [0]
     assert "dropped what was recorded before (seed 0, seed 1, seed 2 of commit None)" in capsys.readouterr().out
+
+
+def cross_validation(folder: Path, held_out: str, places: list[tuple[int, int]]) -> Result:
+    """The row of runs of some seeds and folds; of ``held_out=val`` every one tests the same 300 images."""
+    for seed, fold in places:
+        protocol = {"folds": 3, "fold": fold, "held_out": held_out}
+        more = {"fold": fold, "protocol": protocol, "command": "python -m fer.train model=dan protocol=kfold"}
+        part = {"fold": fold, "words": KFOLD} if held_out == "test" else {}
+        run = write_run(folder / f"{seed}-{fold}", seed=seed, images=300, accuracy=0.5 + 0.1 * fold, more=more, **part)
+        assert len(pd.read_csv(run / "predictions.csv")) == (100 if held_out == "test" else 300)
+        if held_out == "val":
+            config = yaml.safe_load((run / "config.yaml").read_text())
+            config["data"]["protocol"]["fold"] = fold
+            (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (row,) = record([folder], [])
+    return row
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_each_test_image_counts_once(tmp_path: Path, held_out: str) -> None:
+    places = [(seed, fold) for seed in range(2) for fold in range(3)]
+    row = cross_validation(tmp_path / "runs", held_out, places)
+    save_results([row], tmp_path / "records")
+    assert load_results(tmp_path / "records") == [row]
+    table = measured.table([row], "")
+    cells = dict(zip(table.columns, (cell.text for cell in table.rows[0].cells), strict=True))
+    assert cells["n"] == "300"
+    share = np.array([[right(tmp_path / "runs" / f"{seed}-{fold}") for seed in range(2)] for fold in range(3)])
+    low, high = stats.t.interval(0.95, 2, share.mean(), stats.sem(share.mean(1)))
+    assert cells["accuracy, %"] == f"{share.mean():.2f} ± {share.mean(1).std(ddof=1):.2f}"
+    assert cells["95 % over folds"] == f"{low:.2f} to {high:.2f}"
+    half = np.sqrt(share.mean() * (100 - share.mean()) / 300) * 1.96  # Wilson's is a little narrower
+    assert float(table.rows[0].cells[4].value or 0) == pytest.approx(half / 100, rel=0.02)
+    assert (cells.get("pooled accuracy, %") == f"{share.mean():.2f}") == (held_out == "test")
+    assert table.rows[0].stamps == []
+
+
+def test_seeds_of_different_folds_are_said(tmp_path: Path) -> None:
+    row = cross_validation(tmp_path, "test", [(0, 0), (0, 1), (0, 2), (1, 1)])
+    assert round(row.confusion("none").sum()) == 300
+    assert measured.table([row], "").rows[0].stamps == ["the seeds have different folds: seed 1 lacks fold 0, 2"]
 
 
 @pytest.mark.parametrize(

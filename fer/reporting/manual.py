@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, cast
 
 import yaml
@@ -23,7 +22,7 @@ from fer.reporting import endurance, leaks, measured, outputs, reliability, smal
 from fer.reporting.claims import Claim, load_claims
 from fer.reporting.results import TRAIN, Result, load_results
 from fer.reporting.speed import section
-from fer.reporting.tables import DASH, markdown
+from fer.reporting.tables import DASH, markdown, mean_std
 from fer.runs import write_text
 
 ROOT = CONF.parent
@@ -159,7 +158,7 @@ def measured_with(experiment: str) -> str:
             continue
         for views in reversed(row.views):
             figures = [
-                f"{_percent(list(row.values(views, key).values()))} {name}"
+                f"{mean_std(*row.interval(views, key)[:2]).text} % {name}"
                 for key, name in (("acc", "accuracy"), ("mean_acc", "mean class accuracy"))
             ]
             facts = [
@@ -171,11 +170,6 @@ def measured_with(experiment: str) -> str:
             ]
             out.append(f"{', '.join(figures)} ({', '.join(facts)}; `{TRAIN} {row.setting}`)")
     return "; ".join(out) or _NOT_MEASURED
-
-
-def _percent(shares: list[float]) -> str:
-    spread = f" ± {100 * stdev(shares):.2f}" if len(shares) > 1 else ""
-    return f"{100 * mean(shares):.2f}{spread} %"
 
 
 # -- claims -------------------------------------------------------------------------------------------------------

@@ -6,48 +6,59 @@ from pathlib import Path
 
 import numpy as np
 
+from fer.metrics import scores
 from fer.reporting.results import RECORDS, Result, load_results
-from fer.reporting.statistics import bootstrap_scores, mean_interval, wilson_half_width
-from fer.reporting.tables import NONE, Cell, Row, Table, interval, mean_std, number, percent, words
+from fer.reporting.statistics import bootstrap_scores, mean_interval, repetitions, wilson_half_width
+from fer.reporting.tables import ABOUT_POOLED, NONE, Cell, Row, Table, interval, mean_std, number, percent, words
 
-MEASURED = (
-    *("setting", "views", "accuracy, %", "95 % over seeds", "± by images", "mean class, %", "± by images", "n"),
-    *("seeds", "epoch chosen on", "core-minutes a run", "hardware", "commit"),
-)
+METRICS = ("acc", "mean_acc")
 CHOSEN = {"val": "validation", "test": "the test part"}
 NOTE = (
     "Mean ± standard deviation over runs and Student's t interval of the mean. By images: half of the 95 % interval "
     "that this number of test images leaves open, Wilson's for accuracy, a bootstrap's for mean class accuracy."
 )
+ABOUT_FOLDS = "Of several folds each is one figure, its seeds averaged first."
 
 
 def table(results: Sequence[Result], title: str) -> Table:
-    """A line for each setting and choice of views; stamped settings last."""
-    lines = []
+    """A line for each setting and choice of views, with scores of all folds together where there are; stamped last."""
+    pooled, lines = any(row.disjoint for row in results), []
     for row in sorted(results, key=lambda row: bool(row.stamps)):
-        lines += [_line(row, views) for views in reversed(row.views)]
-    return Table(title, MEASURED, lines, NOTE, left=2)
+        lines += [_line(row, views, pooled) for views in reversed(row.views)]
+    columns = ["setting", "views", "accuracy, %", _over(results), "± by images", "mean class, %", "± by images"]
+    columns += ["pooled accuracy, %", "pooled mean class, %"] if pooled else []
+    columns += ["n", "seeds", "epoch chosen on", "core-minutes a run", "hardware", "commit"]
+    notes = [NOTE, *([ABOUT_FOLDS] if "folds" in _over(results) else []), *([ABOUT_POOLED] if pooled else [])]
+    return Table(title, columns, lines, " ".join(notes), left=2)
 
 
-def _line(row: Result, views: str) -> Row:
-    acc, mean_acc = (mean_interval(list(row.values(views, metric).values())) for metric in ("acc", "mean_acc"))
+def _over(results: Sequence[Result]) -> str:
+    return f"95 % over {' or '.join(sorted({row.over for row in results})) or 'seeds'}"
+
+
+def _line(row: Result, views: str, pooled: bool) -> Row:
+    acc, mean_acc = (row.interval(views, metric) for metric in METRICS)
     counts = row.confusion(views)
-    images = round(counts.sum())
-    half = wilson_half_width(acc[0], images)
+    images, together = round(counts.sum()), scores(counts, row.classes)
+    half = wilson_half_width(together["acc"], images)
     (low, high), _ = bootstrap_scores(np.rint(counts).astype(np.int64), 0)
     chosen = [one.val_acc for one in row.repeats]
     minutes = [one.core_minutes for one in row.repeats]
     cells = [words(row.setting), words(views), mean_std(*acc[:2]), interval(*acc[2:]), _half(half)]
-    cells += [mean_std(*mean_acc[:2]), _half((high - low) / 2), number(images, 0), _seeds(row)]
+    cells += [mean_std(*mean_acc[:2]), _half((high - low) / 2)]
+    cells += [percent(together[metric]) if row.disjoint else NONE for metric in METRICS] if pooled else []
+    cells += [number(images, 0), _seeds(row)]
     cells += [words(f"{CHOSEN[row.selected_on]}, {percent(float(np.mean(chosen))).text} %")]
     cells += [number(float(np.mean(minutes)), 1)]
     cells += [
         words("; ".join(dict.fromkeys(getattr(one, name) for one in row.repeats))) for name in ("hardware", "commit")
     ]
     values = {"setting": row.setting, "model": row.model, "data": row.data, "views": views, "images": images}
-    for metric, found in (("acc", acc), ("mean_acc", mean_acc)):
+    for metric, found in zip(METRICS, (acc, mean_acc), strict=True):
         values |= {f"{metric}_{name}": value for name, value in zip(("mean", "std", "low", "high"), found, strict=True)}
-    return Row(cells, values, row.stamps, apart=bool(row.stamps))
+        values[f"{metric}_pooled"] = together[metric]
+    stamps = [*row.stamps, *([row.uneven] if row.uneven else [])]
+    return Row(cells, values | {"over": row.over}, stamps, apart=bool(row.stamps))
 
 
 def _half(value: float) -> Cell:
@@ -75,21 +86,23 @@ def differences(results: Sequence[Result], title: str) -> Table:
             shared = [views for views in less.views if views in full.views]
             what = f"{less.setting}: with {extra.pop()}"
             lines += [_difference(f"{what}, views {views}", full, views, less, views) for views in shared]
-    columns = ["what", "accuracy, points", "95 % over seeds", "mean class, points", "95 % over seeds", "pairs"]
+    over = _over(results)
+    columns = ["what", "accuracy, points", over, "mean class, points", over, "pairs"]
     note = (
         "Test figures, with minus without, of the same seed; Student's t interval of the mean, wide for few seeds; "
         "python -m fer.report compare= also asks what other images would say."
     )
+    note += f" {ABOUT_FOLDS}" if "folds" in over else ""
     return Table(title, columns, [line for line in lines if line is not None], note)
 
 
 def _difference(what: str, a: Result, views_a: str, b: Result, views_b: str) -> Row | None:
     cells, pairs = [words(what)], 0
-    for metric in ("acc", "mean_acc"):
+    for metric in METRICS:
         left, right = a.values(views_a, metric), b.values(views_b, metric)
-        found = [left[key] - right[key] for key in left if key in right]
-        mean, _, low, high = mean_interval(found)
-        cells += [percent(mean), interval(low, high) if len(found) > 1 else NONE]
+        found = {key: left[key] - right[key] for key in left if key in right}
+        mean, _, low, high = mean_interval(repetitions(found))
+        cells += [percent(mean), interval(low, high)]
         pairs = len(found)
     return Row([*cells, number(pairs, 0)], {}, list(dict.fromkeys([*a.stamps, *b.stamps]))) if pairs else None
 

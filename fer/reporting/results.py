@@ -3,9 +3,9 @@
 RUNS are folders, such as a sweep's. Every finished training under them, and every evaluation of one by
 ``python -m fer.evaluate run=... tta=...`` on its own test part, goes to docs/results/measured/<data>.json: a row per
 setting, in it a repeat per seed and fold, with the confusion matrix of the test for each choice of views. Rows and
-repeats of earlier calls stay. Of trainings with one setting, seed and fold the newest counts, and of those whose setting
-stands for other values than the newest's none: by the time of their results, those of earlier calls being older than
-those of this one. Then the pages are written anew; without RUNS only that.
+repeats of earlier calls stay. Of trainings with one setting, seed and fold the newest counts, and of those whose
+setting stands for other values than the newest's none: by the time of their results, those of earlier calls being older
+than those of this one. Then the pages are written anew; without RUNS only that.
 """
 
 import functools
@@ -24,6 +24,7 @@ from fer.errors import UserError
 from fer.metrics import Array, scores
 from fer.reporting.collect import LOADER, finished_runs, settings_of
 from fer.reporting.settings import setting_of
+from fer.reporting.statistics import mean_interval, repeated_over, repetitions
 from fer.runs import AGAIN, RunFolder, read_json, write_json
 
 RECORDS = CONF.parent / "docs" / "results" / "measured"
@@ -75,6 +76,7 @@ class Result:
         n: images of each part, of the first repeat.
         selected_on: ``val`` or ``test``.
         stamps: what must stand beside every figure.
+        rotating: whether every fold tests the same images (``protocol.held_out=val``), not a part of its own.
         weights: where the initial ones came from.
         parameters: how many there are.
         repeats: by seed and fold.
@@ -88,6 +90,7 @@ class Result:
     n: dict[str, int]
     selected_on: str
     stamps: list[str]
+    rotating: bool
     weights: str
     parameters: int
     repeats: list[Repeat]
@@ -97,14 +100,44 @@ class Result:
         """The choices of views every repeat was tested with."""
         return [views for views in VIEWS if all(views in one.tests for one in self.repeats)]
 
-    def confusion(self, views: str) -> Array:
-        """(K, K) mean counts over seeds, summed over folds."""
-        total: Array = np.sum([one.confusion(views) for one in self.repeats], axis=0)
-        return total / len({one.seed for one in self.repeats})
+    @property
+    def folds(self) -> list[int | None]:
+        """The folds held out, ``[None]`` without folds."""
+        return sorted({one.fold for one in self.repeats}, key=lambda fold: -1 if fold is None else fold)
 
-    def values(self, views: str, metric: str) -> dict[tuple[int, int | None], float]:
+    @property
+    def disjoint(self) -> bool:
+        """Whether there are several folds, each with a test part of its own."""
+        return len(self.folds) > 1 and not self.rotating
+
+    @property
+    def over(self) -> str:
+        """``folds`` or ``seeds``: what `interval` is over."""
+        return repeated_over((one.seed, one.fold) for one in self.repeats)
+
+    @property
+    def uneven(self) -> str:
+        """A sentence where not every seed has every fold, which moves the mean; empty otherwise."""
+        seeds = {one.seed: {other.fold for other in self.repeats if other.seed == one.seed} for one in self.repeats}
+        lacking = {seed: [str(fold) for fold in self.folds if fold not in have] for seed, have in seeds.items()}
+        short = [f"seed {seed} lacks fold {', '.join(folds)}" for seed, folds in sorted(lacking.items()) if folds]
+        return f"the seeds have different folds: {'; '.join(short)}" if short else ""
+
+    def confusion(self, views: str) -> Array:
+        """(K, K) counts of every test image once: mean over a fold's seeds, summed over folds or, if rotating, mean."""
+        counts = [
+            np.mean([one.confusion(views) for one in self.repeats if one.fold == fold], axis=0) for fold in self.folds
+        ]
+        total: Array = np.mean(counts, axis=0) if self.rotating else np.sum(counts, axis=0)
+        return total
+
+    def values(self, views: str, metric: str) -> dict[tuple[int | None, int | None], float]:
         """``acc`` or ``mean_acc`` of the test of every repeat, by seed and fold."""
         return {(one.seed, one.fold): scores(one.confusion(views), self.classes)[metric] for one in self.repeats}
+
+    def interval(self, views: str, metric: str) -> tuple[float, float, float, float]:
+        """Mean, standard deviation and 95 % interval over folds, the seeds of each averaged, or else over seeds."""
+        return mean_interval(repetitions(self.values(views, metric)))
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -136,7 +169,7 @@ def _result(entry: Any, where: str) -> Result:
         repeats.append(Repeat(**one))
         for views in repeats[-1].tests:
             counted = int(repeats[-1].confusion(views).sum())
-            if one["fold"] is None and counted != entry["n"]["test"]:
+            if (one["fold"] is None or entry["rotating"]) and counted != entry["n"]["test"]:
                 raise UserError(f"{inside}: its test with views {views} counts {counted} images, not n.test")
     if not repeats:
         raise UserError(f"{where} has no repeats: a row stands for at least one training")
@@ -228,6 +261,7 @@ def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
         n=results["n"],
         selected_on=results["selected_on"],
         stamps=results["stamps"],
+        rotating=results["protocol"].get("held_out") == "val",
         weights=results["weights"],
         parameters=results["parameters"],
         repeats=[repeat],
