@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fer.errors import UserError
+from fer.layers.region_loss import focal_softmax
 from fer.models.losses import ClassBalanced, CrossEntropy, ExpressionLoss, Focal, SoftCrossEntropy
 from fer.models.optim import Constant, Cosine, OneCycle, Recipe, StepDecay
 from fer.models.sam import SAM
@@ -78,6 +79,29 @@ def test_focal_gradient_vanishes_for_sure_images():
     logits = torch.tensor([[12.0, 0.0, 0.0]], requires_grad=True)
     Focal(gamma=2.0)(logits, {"label": torch.tensor([0])}).backward()
     assert logits.grad.abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_focal_gradients_of_sure_images(gamma):
+    """Finite for every gamma, of labels, shares and regions, and for whole gammas to the bit the bare formula's."""
+    logits = torch.tensor([[60.0, 0.0, 0.0], [12.0, 0.0, 0.0], [0.0, 1.0, 0.0]], requires_grad=True)
+    label = torch.tensor([0, 0, 1])
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, logits)[0]
+
+    log_p = logits.log_softmax(1).gather(1, label[:, None])
+    bare = gradient(-((-log_p.expm1()).pow(gamma) * log_p).mean())
+    found = gradient(Focal(gamma)(logits, {"label": label}))
+    shares = nn.functional.one_hot(label, 3).float()
+    for other in (Focal(gamma)(logits, {"target": shares}), focal_softmax(logits, label, gamma).mean()):
+        torch.testing.assert_close(gradient(other), found, rtol=1e-5, atol=1e-12)
+    if gamma == 0.5:
+        assert bare[0].isnan().all()
+        assert torch.equal(found[1:], bare[1:])
+        assert not found[0].any()
+    else:
+        assert torch.equal(found, bare)
 
 
 def test_class_balanced(logits, batch):

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou  # type: ignore[import-untyped]
 
 from fer.layers.boxes import encode
+from fer.layers.focal import focal
 
 SMOOTH_L1_BETA = 1 / 9  # RetinaNet's
 
@@ -18,8 +19,7 @@ def focal_binary(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
 
 def focal_softmax(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
     """-(1 - p_y)^gamma log p_y for each row of (..., K) logits."""
-    log_p = logits.log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
-    return -((-log_p.expm1()).pow(gamma) * log_p)
+    return focal(logits.log_softmax(-1).gather(-1, target[..., None]).squeeze(-1), gamma)
 
 
 def overlaps(boxes: Tensor, truth: Tensor, present: Tensor) -> Tensor:
