@@ -135,6 +135,22 @@ def test_epochs_differ_and_repeat(resident: str) -> None:
     assert not any(flips)
 
 
+def test_whether_the_data_is_resident_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training takes memory, after which the same question had another answer."""
+    data = opened("data=synthetic", *SMALL)
+    assert data.is_resident()
+    free = 3 * data.store.images.nbytes
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free, 2 * free))
+    monkeypatch.setattr(ExpressionDataModule, "device", torch.device("cuda"))
+    assert data.is_resident()
+    free = 1
+    assert data.is_resident()
+    again = opened("data=synthetic", *SMALL)
+    assert not again.is_resident()
+    free = 3 * data.store.images.nbytes
+    assert not again.is_resident()
+
+
 def test_a_loader_goes_on_where_its_state_says() -> None:
     data = opened("data=synthetic", *SMALL)
     whole = [b["index"].tolist() for b in epoch(data, 3)]

@@ -170,6 +170,7 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         self.seed, self.cache = seed, Path(cache)
         self.manifest_options: dict[str, Any] = {}
         self._opened = False
+        self._held: dict[str, bool] = {}  # what ``auto`` came to on each kind of device
         self._tensors: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
 
     # -- what a data set says -------------------------------------------------------------------------------------
@@ -341,11 +342,20 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
 
     def is_resident(self) -> bool:
-        """Whether the whole store is held on the device; decides which form of the augmentation runs."""
+        """Whether the whole store is held on the device; decides which form of the augmentation runs.
+
+        ``auto`` is settled once for each kind of device: what a training takes of the memory later changes nothing.
+        """
         if self.resident != "auto":
             return self.resident == "yes"
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
+        kind = self.device.type
+        if kind not in self._held:
+            self._held[kind] = self._fits(self.device)
+        return self._held[kind]
+
+    def _fits(self, device: torch.device) -> bool:
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
             return bool(self.store.images.nbytes < RESIDENT_SHARE * free)
         return self.store_size <= RESIDENT_CPU_SIDE
 
