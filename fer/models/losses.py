@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fer.errors import UserError
+from fer.layers.focal import focal
 
 Batch = Mapping[str, Tensor]
 
@@ -120,12 +121,8 @@ class Focal(ExpressionLoss):
         """Mean over the batch."""
         log_p = logits.float().log_softmax(1)
         if "target" not in batch:
-            return self._each(log_p.gather(1, batch["label"][:, None])).mean()
-        return (batch["target"] * self._each(log_p)).sum(1).mean()
-
-    def _each(self, log_p: Tensor) -> Tensor:
-        # 1 - p through expm1, so that confident images keep a gradient that is exact.
-        return -((-log_p.expm1()).pow(self.gamma) * log_p)
+            return focal(log_p.gather(1, batch["label"][:, None]), self.gamma).mean()
+        return (batch["target"] * focal(log_p, self.gamma)).sum(1).mean()
 
 
 class ClassBalanced(ExpressionLoss):
