@@ -130,29 +130,29 @@ class ClassBalanced(ExpressionLoss):
 
     Weight of class c: (1 - beta) / (1 - beta^n_c), scaled so that the weights of the classes present sum to their
     number.
-    """
-
-    takes_mixed = splits = True
-    weight: Tensor | None
-
 
     Args:
         beta: 0 weighs all classes alike; towards 1 the weights go to inverse frequency.
 
     Raises:
         UserError: beta is not in [0, 1).
+    """
+
+    takes_mixed = splits = True
+    weight: Tensor | None
+
     def __init__(self, beta: float) -> None:
         super().__init__()
-        self.beta = beta
-        self.register_buffer("weight", None, persistent=False)
-
-    def setup(self, class_counts: Tensor) -> None:
-        """Compute the class weights; classes without an image get 0."""
         if not 0 <= beta < 1:
             raise UserError(
                 f"loss.beta={beta} must lie from 0 to below 1: 0.9999 comes near to weights by inverse frequency, "
                 "which loss=cross_entropy loss.class_weights=balanced has"
             )
+        self.beta = beta
+        self.register_buffer("weight", None, persistent=False)
+
+    def setup(self, class_counts: Tensor) -> None:
+        """Compute the class weights; classes without an image get 0."""
         present = class_counts > 0
         effective = (1 - self.beta ** class_counts.double()) / (1 - self.beta)
         weight = torch.where(present, 1 / effective.clamp(min=1), 0.0)
