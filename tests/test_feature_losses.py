@@ -112,38 +112,56 @@ def test_flip_consistency():
     loss = FlipConsistency(cross_entropy(), weight=2.0)
     module = cheap("cbam_resnet").eval()
     batch = batch_of(module, 3)
+    loss.attach(module)
+    assert not list(loss.parameters())
     value, logits = loss.objective(module, batch)
     torch.testing.assert_close(logits, module(batch["image"]))
     network = module.network
     maps = [network.last_attention(network.stages(network.first_attention(network.stem(x))))
             for x in (batch["image"], batch["image"].flip(3))]  # fmt: skip
-    weight, bias = network.classifier[1].weight, network.classifier[1].bias
-    cams = [torch.einsum("bchw,kc->bkhw", m, weight) + bias[:, None, None] for m in maps]
+    cams = [torch.einsum("bchw,kc->bkhw", m, network.classifier[1].weight) for m in maps]
     expected = cross_entropy()(logits, batch) + 2 * (cams[0] - cams[1].flip(3)).square().mean()
     torch.testing.assert_close(value, expected)
 
 
+class Pointwise(nn.Module):
+    image_size = 4
+
+    def __init__(self, *between):
+        super().__init__()
+        self.cam_layer = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU())
+        self.classify = nn.Sequential(*between, nn.Linear(5, 7))
+
+    def features(self, image):
+        return self.cam_layer(image).mean((2, 3))
+
+
 def test_symmetric_convolutions_are_consistent():
-    """A network of 1x1 convolutions commutes with the flip, so only the classification term remains."""
-
-    class Pointwise(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cam_layer, self.classify = nn.Conv2d(3, 5, 1), nn.Linear(5, 7)
-
-        def features(self, image):
-            return self.cam_layer(image).mean((2, 3))
-
+    """A network of 1x1 convolutions commutes with the flip: what it drops out must not look like a difference."""
+    module = Pointwise(nn.Dropout(0.5)).train()
+    loss = FlipConsistency(cross_entropy(), weight=1e3)
+    loss.attach(module)
+    assert module.training
     batch = {"image": torch.rand(2, 3, 4, 4), "label": torch.tensor([1, 2])}
-    value, logits = FlipConsistency(cross_entropy(), weight=1e3).objective(Pointwise(), batch)
+    value, logits = loss.objective(module, batch)
     torch.testing.assert_close(value, cross_entropy()(logits, batch))
+    value.backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("between", [nn.BatchNorm1d(5), nn.Linear(5, 5), nn.LayerNorm(5)])
+def test_flip_consistency_needs_the_mean_at_the_last_layer(between):
+    with pytest.raises(UserError, match="mean of its last map by one linear layer"):
+        FlipConsistency(cross_entropy(), weight=1.0).attach(Pointwise(between))
 
 
 def test_losses_say_what_they_need():
     module = cheap("convcut")
     batch = batch_of(module, 2)
-    with pytest.raises(UserError, match="mean of its last map"):
-        FlipConsistency(cross_entropy(), weight=1.0).objective(module, batch)
+    for refused in (module, cheap("convcut", "detail=false"), cheap("vit")):
+        with pytest.raises(UserError, match="mean of its last map"):
+            FlipConsistency(cross_entropy(), weight=1.0).attach(refused)
+    FlipConsistency(cross_entropy(), weight=1.0).attach(cheap("timm"))
     with pytest.raises(UserError, match="needs features"):
         Center(cross_entropy(), weight=1.0, rate=0.5)(torch.zeros(2, 7), batch)
 

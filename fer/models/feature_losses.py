@@ -146,42 +146,68 @@ class LocalityPreserving(FeatureLoss):
 class FlipConsistency(AuxiliaryLoss):
     """Attention consistency under flips (EAC): Zhang et al., ECCV 2022, arXiv 2207.10299.
 
-    ``classification + weight * mean (CAM(x) - flip CAM(flip x))^2``, CAM being the class scores of each position of the
-    last map; for models that pool that map and classify the mean.
+    ``classification + weight * mean (CAM(x) - flip CAM(flip x))^2``, CAM being the last map times the weights of the
+    layer that classifies its mean, dropout left out; for models that have one.
     """
 
     def __init__(self, classification: ExpressionLoss, weight: float) -> None:
         super().__init__(classification, weight)
         self.takes_mixed, self.splits = classification.takes_mixed, classification.splits
+        self.layer: str | None = None  # its name: the layer itself is the model's
 
-    def objective(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Two passes, of the images and of their mirror images.
+    def attach(self, module: Classifier) -> None:
+        """Find the layer.
 
         Raises:
-            UserError: The model does not classify a pooled map.
+            UserError: The model does not classify the mean of its last map by one linear layer.
         """
-        logits, cam = _class_activation(module, batch["image"])
-        _, mirrored = _class_activation(module, batch["image"].flip(3))
+        self.layer = _classifying_layer(module)
+
+    def objective(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Two passes, of the images and of their mirror images."""
+        if self.layer is None:
+            raise RuntimeError("attach(module) must come before a loss of flip consistency")
+        layer = module.get_submodule(self.layer)
+        features, last = _features_and_map(module, batch["image"])
+        _, mirrored = _features_and_map(module, batch["image"].flip(3))
+        logits = module.classify(features)
+        cam, mirrored = (nn.functional.linear(x.permute(0, 2, 3, 1), layer.weight) for x in (last, mirrored))
         term = (cam - mirrored.flip(2)).float().square().mean()
         return self.classification(logits, batch) + self.weight * term, logits
 
 
-def _class_activation(module: Classifier, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, K) and the class scores of each position (B, H, W, K)."""
+def _features_and_map(module: Classifier, image: Tensor) -> tuple[Tensor, Tensor]:
+    """What the classifier sees (B, D), and the last map (B, C, H, W)."""
     seen: list[Tensor] = []
     handle = module.cam_layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     try:
         features = module.features(image)
     finally:
         handle.remove()
-    if seen[0].ndim != 4 or seen[0].shape[1] != features.shape[1]:
-        raise UserError(
-            "loss=flip_consistency needs a model that classifies the mean of its last map: "
-            "use model=cbam_resnet or a convolutional model=timm"
-        )
-    positions = seen[0].permute(0, 2, 3, 1)
-    scores = module.classify(positions.flatten(0, 2))
-    return module.classify(features), scores.view(*positions.shape[:3], -1)
+    return features, seen[0]
+
+
+@torch.no_grad()
+def _classifying_layer(module: Classifier) -> str:
+    """Name of the linear layer that, dropout left out, makes the logits of the last map's mean."""
+    assert isinstance(module, nn.Module)
+    device, was_training = next(module.parameters()).device, module.training
+    module.eval()
+    side = module.image_size
+    image = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    features, last = _features_and_map(module, image)
+    logits = module.classify(features)
+    module.train(was_training)
+    mean = last.mean((2, 3)) if last.ndim == 4 else None
+    if mean is not None and mean.shape == features.shape and torch.allclose(mean, features, rtol=2e-6, atol=1e-6):
+        for name, layer in module.named_modules():
+            fits = isinstance(layer, nn.Linear) and layer.in_features == features.shape[1]
+            if fits and torch.equal(layer(features), logits):
+                return name
+    raise UserError(
+        "loss=flip_consistency needs a model that classifies the mean of its last map by one linear layer: "
+        "use model=cbam_resnet or a ResNet of model=timm"
+    )
 
 
 class MultiTask(AuxiliaryLoss):

@@ -17,6 +17,8 @@ Batch = Mapping[str, Tensor]
 class Classifier(Protocol):
     """What a loss may ask of a module; see `fer.models.base.ExpressionModule`."""
 
+    image_size: int
+
     @property
     def cam_layer(self) -> nn.Module:
         """The last layer with a spatial output."""
@@ -32,6 +34,9 @@ class Classifier(Protocol):
 
     def feature_size(self) -> int:
         """D."""
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The layer of a name."""
 
 
 class ExpressionLoss(nn.Module, abc.ABC):
