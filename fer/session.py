@@ -25,6 +25,7 @@ from fer.data.workers import WorkerDied, dismiss
 from fer.errors import UserError
 from fer.loggers import Wandb
 from fer.models.base import ExpressionModule
+from fer.models.feature_losses import AuxiliaryLoss
 from fer.models.guard import StepGuard
 from fer.models.steps import Portions, SteppedModule
 from fer.runs import RunFolder, State, code_version, job_key, remove_leftovers, write_json
@@ -165,7 +166,8 @@ def set_threads(trainer: Trainer, network: nn.Module, data: ExpressionDataModule
     if trainer.strategy.root_device.type == "cpu":
         threads = trainer.threads
         if threads == "auto":
-            image = torch.rand(data.batch_size, 3, data.image_size, data.image_size)
+            with torch.random.fork_rng(devices=[]):
+                image = torch.rand(data.batch_size, 3, data.image_size, data.image_size)
             if trainer.channels_last:
                 image = image.contiguous(memory_format=torch.channels_last)
             threads = choose_threads(network, image, data.cache, bf16="bf16" in str(trainer.precision))
@@ -193,10 +195,20 @@ def protect(module: SteppedModule, trainer: Trainer, folder: RunFolder) -> StepG
 
 
 def compile_parts(module: ExpressionModule, mode: str | None) -> None:
-    """Compile a network in its place, its parameters' names unchanged; ``trainer.compile``: None leaves it as it is."""
-    if mode is not None:
-        for part in module.compiled_parts:
-            module.get_submodule(part).compile(mode=mode)
+    """Compile a network in its place, its parameters' names unchanged; ``trainer.compile``: None leaves it as it is.
+
+    Raises:
+        UserError: the training would run none of what is compiled.
+    """
+    if mode is None:
+        return
+    if isinstance(module.loss_function, AuxiliaryLoss):
+        raise UserError(
+            f"trainer.compile={mode} would leave the training as it is, since {type(module.loss_function).__name__} "
+            "looks into the network instead of calling it: set trainer.compile=null, or take another loss"
+        )
+    for part in module.compiled_parts:
+        module.get_submodule(part).compile(mode=mode)
 
 
 def console() -> Console:

@@ -4,6 +4,7 @@ A new architecture is tested as soon as its YAML exists; name a cheap variant of
 quick.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -13,6 +14,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from hydra.utils import instantiate
 from model_builds import (
     CHEAP,
     CONF,
@@ -27,6 +29,7 @@ from model_builds import (
     parameter_count,
     shaken,
 )
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
 
@@ -123,9 +126,9 @@ def test_every_trainable_parameter_learns(name):
     assert not silent
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_step_and_a_prediction_use_what_is_compiled(name, monkeypatch):
-    """A network whose loss goes round the parts it says are compiled would train as before, and nobody would know."""
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each compiled module was called; nothing is compiled."""
     calls = Counter()
 
     def compile_(part, mode):
@@ -136,7 +139,16 @@ def test_a_step_and_a_prediction_use_what_is_compiled(name, monkeypatch):
         part._compiled_call_impl = call
 
     monkeypatch.setattr(nn.Module, "compile", compile_)
-    module = cheap(name)
+    return calls
+
+
+FINDS = ["resattn_vit detection=true anchors=[[20,30]]", "multiscale_region detection=true"]
+
+
+@pytest.mark.parametrize("name", [*MODELS, *FINDS])
+def test_a_step_and_a_prediction_use_what_is_compiled(name, calls):
+    """A network whose loss goes round the parts it says are compiled would train as before, and nobody would know."""
+    module = cheap(*name.split())
     compile_parts(module, None)
     module.loss(batch_of(module, 3))
     assert not calls
@@ -148,6 +160,30 @@ def test_a_step_and_a_prediction_use_what_is_compiled(name, monkeypatch):
     calls.clear()
     module.eval()(images(3, module.image_size))
     assert set(calls) == parts
+    if name in FINDS:
+        calls.clear()
+        module.find(images(3, module.image_size))
+        assert set(calls) == parts
+
+
+ROUND = {"center", "flip_consistency", "island", "locality_preserving", "multi_task"}  # losses that ask for features
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "loss").glob("*.yaml")))
+def test_every_loss_uses_what_is_compiled_or_is_refused(name, calls):
+    module = cheap("cbam_resnet")
+    module.loss_function = instantiate(OmegaConf.load(CONF / "loss" / f"{name}.yaml"))
+    module.loss_function.setup(torch.ones(7))
+    module.loss_function.attach(module)
+    if name in ROUND:
+        with pytest.raises(UserError, match=r"trainer\.compile=default .* set trainer\.compile=null"):
+            compile_parts(module, "default")
+        compile_parts(module, None)
+        return
+    compile_parts(module, "default")
+    with contextlib.suppress(UserError):  # a loss that wants data which this batch has not
+        module.loss(batch_of(module, 3))
+    assert calls[module.network, "default"] == 1
 
 
 @pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.slow] * (m in HEAVY)) for m in MODELS])

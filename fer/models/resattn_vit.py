@@ -3,7 +3,8 @@
 Y. Lin, "Research on Vision Transformer Facial Expression Recognition Algorithm Based on Residual Attention Network",
 Academic Journal of Computing and Information Science 8(6), 2025, 13-18. In the paper's order: ResNet-50, residual
 attention on its last two maps, deconvolution and fusion, efficient multi-scale attention, convolution with dropout,
-transformer. What the paper leaves open follows TransFER (arXiv 2108.11116). 83,509,367 parameters at 7 classes.
+transformer. What the paper leaves open follows TransFER (arXiv 2108.11116). 83,509,367 parameters at 7 classes. The
+"multi-scale dilated convolution" its section 3.1 speaks of once, with neither rates nor a place, is not built.
 
 With ``detection`` the patch tokens also find faces, as the paper's figure 3 shows them: ten anchor shapes, five loss
 terms. The paper says no more about it; the rest is a one-level detector in the manner of YOLO (`fer.models.detection`).
@@ -209,6 +210,7 @@ class ResAttnViT(FaceDetector):
         )
         self.backbone_lr = backbone_lr
         if self.detection:
+            self.compiled_parts = ("network.backbone", "network.encoder")  # the step wants the tokens in between
             cells = grid if detection_grid is None else detection_grid
             if not 1 <= cells <= grid:
                 raise UserError(f"model.detection_grid={detection_grid}: expected 1 to {grid} cells, or null")
