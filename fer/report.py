@@ -34,6 +34,7 @@ def run(config: DictConfig) -> None:
     from fer.reporting.groups import make_groups
     from fer.reporting.publish import Options, write_report
     from fer.reporting.results import RECORDS, load_results
+    from fer.reporting.tables import writable
 
     roots = [Path(root) for root in _listed(plain["runs"])]
     claims = load_claims(Path(plain["claims"] or CONF / "claims.yaml"))
@@ -51,7 +52,7 @@ def run(config: DictConfig) -> None:
     output = Path(plain["output"])
     write_report(output, runs, groups, claims, measured, verdicts, never_started(roots), options)
     state = ", ".join(f"{n:,} {status}" for status, n in Counter(run.status for run in runs).most_common())
-    print(f"{len(runs):,} runs ({state}) in {len(groups):,} groups: {output / 'report.html'}")
+    print(f"{len(runs):,} runs ({state}) in {len(groups):,} groups: {writable(str(output / 'report.html'))}")
 
 
 def report_on(folder: Path) -> None:

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import os
 import re
 import resource
 import shutil
@@ -26,9 +27,11 @@ from fer.errors import UserError
 from fer.report import run
 from fer.reporting import contents
 from fer.reporting.benches import make_benches
+from fer.reporting.charts import curves
 from fer.reporting.claims import Claim, beside, load_claims
 from fer.reporting.collect import Run, read_run, read_runs
 from fer.reporting.comparisons import compare
+from fer.reporting.contents import absent
 from fer.reporting.groups import Group, make_groups
 from fer.reporting.pictures import most_wrong
 from fer.runs import write_json
@@ -232,6 +235,74 @@ def test_a_damaged_file_makes_a_damaged_run_and_no_crash(tmp_path: Path, name: s
     found = read_run(folder)
     assert found.status == "damaged"
     assert found.error
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "said"),
+    [
+        ("results.json", "best_epoch", None, "best_epoch is no whole number"),
+        ("results.json", "stamps", None, "stamps is no list"),
+        ("results.json", "stamps", [1], "an entry of stamps is no text"),
+        ("results.json", "metrics", {"val": {}}, "metrics.test is missing"),
+        ("results.json", "metrics", {"test": {"acc": "high"}}, "metrics.test.acc is no figure"),
+        ("results.json", "n", {"train": 1, "test": 210}, "n.val is missing"),
+        ("results.json", "split_fingerprint", 3, "split_fingerprint is no text"),
+        ("results.json", "seconds", [], "seconds is no figure"),
+        (
+            "results.json",
+            "data_facts",
+            {"counts": {"test": {"fear": "few"}}},
+            "data_facts.counts.test.fear is no whole",
+        ),
+        ("config.yaml", "seed", "one", "seed is no whole number"),
+        ("config.yaml", "protocol", "official", "protocol is no set of keys"),
+    ],
+)
+def test_a_value_the_report_cannot_show_makes_a_damaged_run(
+    tmp_path: Path, name: str, key: str, value: object, said: str
+) -> None:
+    folder = write_run(tmp_path / "run")
+    content = yaml.safe_load((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | {key: value}))
+    found = read_run(folder)
+    assert found.status == "damaged"
+    assert found.error.startswith(f"{folder / name}: {said}")
+    assert "so the run folder is damaged" in found.error
+    (group,) = make_groups([found])
+    assert [line.cells[1].text for line in absent([group], [], tmp_path).rows] == ["damaged"]
+
+
+def test_figures_that_are_not_known_are_shown_as_such(tmp_path: Path) -> None:
+    """What `fer.runs.write_json` writes for NaN; a test that needs the figure is left out."""
+    metrics = {"val": {}, "test": {"acc": None, "mean_acc": None}}
+    for data in ("rafdb", "ferplus"):
+        for fold in range(2):
+            write_run(tmp_path / f"{data}-a{fold}", words=FOLDS, data=data, fold=fold, more={"metrics": metrics})
+            write_run(tmp_path / f"{data}-b{fold}", words=FOLDS, data=data, fold=fold, model="dan")
+    verdicts = compare(make_groups(read_runs([tmp_path])), ["cbam_resnet", "dan"], 200, 0)
+    assert {one.test for one in verdicts} == {"McNemar", "paired bootstrap"}
+
+
+def test_numbers_that_are_none_are_left_out_of_the_curves(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    sound = read_run(folder).curves()
+    assert sound.equals(pd.read_csv(folder / "metrics.csv"))
+    rows = ["epoch,train/acc,val/mean_acc", "0,0.1,0.2", "1,\x00,0.4", "garbled,0.9,0.9", "2,inf,0.5", "2,0.6,"]
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+    table = read_run(folder).curves()
+    assert table["epoch"].tolist() == [0, 1, 2]
+    assert table["train/acc"].tolist() == pytest.approx([0.1, np.nan, 0.6], nan_ok=True)
+    assert table["val/mean_acc"].tolist() == [0.2, 0.4, 0.5]
+    assert "<svg" in curves([sound, table], [3, 2], [])
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_shown_escaped(tmp_path: Path) -> None:
+    runs, out = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / "report"
+    write_run(runs / "a")
+    write_run(runs / "b", model="dan", status="failed", error="it broke")
+    run(composed(f"runs={tmp_path}", f"output={out}", "thumbnails=false", command="report"))
+    for name in ("report.html", "report.md", "runs.csv", "absent.csv"):
+        assert "\\udce9/" in (out / name).read_text().replace("\\\\", "\\"), name
 
 
 def test_predictions_that_contradict_the_results_are_not_believed(tmp_path: Path) -> None:

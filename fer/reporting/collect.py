@@ -13,6 +13,7 @@ import yaml
 
 from fer.errors import UserError
 from fer.metrics import Array, calibration_bins, confusion_counts
+from fer.reporting.checks import CONFIG, RESULTS, check
 from fer.runs import RunFolder, read_json
 
 BINS = 15  # of the reliability diagram, as in the results' ECE
@@ -29,7 +30,6 @@ NOT_SETTINGS = (
 PATHS = ("/", "~", "./", "../")  # begin a path; `.5` is a number
 CHECKSUM = "sha256:"
 DIGITS = 12  # of a checksum, where it is shown
-REQUIRED = ("classes", "n", "metrics", "confusion", "split_fingerprint", "selected_on", "best_epoch", "tta", "weights")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -116,10 +116,12 @@ class Run:
         return stamps if said else (f"selected_on: {part}", *stamps)
 
     def curves(self) -> pd.DataFrame:
-        """``metrics.csv``, a row per epoch; empty where there is none."""
+        """``metrics.csv``, a row per epoch; empty where there is none, NaN where a cell holds no finite number."""
         try:
-            return pd.read_csv(self.path / "metrics.csv")
-        except (OSError, ValueError):
+            table: pd.DataFrame = pd.read_csv(self.path / "metrics.csv", dtype=str)
+            table = table.apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan)
+            return table.groupby("epoch", as_index=False).last()
+        except (OSError, ValueError, KeyError):  # KeyError: it has no epochs
             return pd.DataFrame()
 
 
@@ -227,17 +229,15 @@ def read_run(path: Path) -> Run:
     try:
         status = folder.status()
         if folder.config.exists():
-            config = yaml.load(folder.config.read_text(), LOADER)
-        if not isinstance(config, dict):
-            raise UserError(f"{folder.config} is no config of a run")
+            content = yaml.load(folder.config.read_text(), LOADER)
+            check(folder.config, content, CONFIG)
+            config = content
         state, error = str(status.get("status", "done")), str(status.get("error") or "")
         if state != "done" or not folder.results.exists():
             state = state if state != "done" else "damaged"
             return Run(path, state, error or _unfinished(state), config, settings_of(config), {}, None)
         results = read_json(folder.results)
-        lacking = [key for key in REQUIRED if key not in results]
-        if lacking:
-            raise UserError(f"{folder.results} has no key {lacking[0]}")
+        check(folder.results, results, RESULTS)
         answers = read_answers(folder.predictions, results["classes"])
         counts = confusion_counts(answers.label, answers.predicted, len(results["classes"]))
         if not np.array_equal(counts, results["confusion"]["test"]):
@@ -247,7 +247,6 @@ def read_run(path: Path) -> Run:
         return Run(path, "done", "", config, settings_of(config), results, answers)
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        config = config if isinstance(config, dict) else {}
         return Run(path, "damaged", f"{kind}{error}", config, settings_of(config), {}, None)
 
 

@@ -14,6 +14,7 @@ Holm's correction is over all p values of one test and metric in the report.
 """
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -251,7 +252,8 @@ def _on_one_part(a: Side, b: Side, resamples: int, seed: int) -> list[Verdict]:
                 float(np.mean([_score(x, metric) - _score(y, metric) for x, y in members]))
                 for members in folds.values()
             ]
-            out.append(verdict("corrected resampled t", metric, f"{len(d)} folds", corrected_t(d, float(ratio))))
+            if not np.isnan(d).any():
+                out.append(verdict("corrected resampled t", metric, f"{len(d)} folds", corrected_t(d, float(ratio))))
     return out
 
 
@@ -264,7 +266,9 @@ def _by_fold(pairs: Sequence[tuple[Run, Run]]) -> dict[int, list[tuple[Run, Run]
 
 
 def _score(run: Run, metric: str) -> float:
-    return float(run.results["metrics"]["test"][metric])
+    """A test metric, NaN where the run has none."""
+    value = run.results["metrics"]["test"].get(metric)
+    return math.nan if value is None else float(value)
 
 
 def _over_data_sets(a: str, b: str, pairs: Sequence[tuple[Side, Side]]) -> list[Verdict]:
@@ -281,6 +285,8 @@ def _over_data_sets(a: str, b: str, pairs: Sequence[tuple[Side, Side]]) -> list[
             float(np.mean([x.group.interval(metric)[0] - y.group.interval(metric)[0] for x, y in members]))
             for members in by_data.values()
         ]
+        if np.isnan(d).any():
+            continue
         few = "" if len(d) > 5 else ", too few to be significant at 5 %"
         n = f"{len(d)} data sets"
         out.append(Verdict(a, b, n, "Wilcoxon", metric, f"{n}{few}", wilcoxon(d), stamps=stamps))

@@ -20,7 +20,7 @@ from fer.reporting.comparisons import Verdict
 from fer.reporting.groups import Group
 from fer.reporting.pictures import Wrong, most_wrong, pictures_found
 from fer.reporting.results import Result
-from fer.reporting.tables import Table, markdown, write_csv
+from fer.reporting.tables import Table, markdown, writable, write_csv
 from fer.runs import write_bytes, write_text
 
 HERE = Path(__file__).parent
@@ -146,8 +146,8 @@ def write_report(
         script=Markup(script),
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    write_text(output / "report.html", html)
-    write_text(output / "report.md", _markdown(parts, summary, notices, [comparisons, times, absent]))
+    write_text(output / "report.html", writable(html))
+    write_text(output / "report.md", writable(_markdown(parts, summary, notices, [comparisons, times, absent])))
     tables = [table for part in parts for table in (*part.tables, *(one.confusion for one in part.groups))]
     latex = [table.latex() for table in (*tables, *([comparisons] if comparisons else []), times) if table.rows]
     write_text(output / "report.tex", r"% \usepackage{booktabs}; pictures are in figures/" + "\n\n" + "\n".join(latex))
@@ -233,7 +233,7 @@ def _notices(groups: Sequence[Group], planned: int) -> list[str]:
         if group.refused
     ]
     for group in groups:
-        codes = {run.results.get("code_version") for run in group.runs}
+        codes = {str(run.results.get("code_version")) for run in group.runs}
         if len(codes) > 1:
             out.append(f"{group.id}: its runs were made by {len(codes)} versions of the code.")
     count = planned + sum(len(group.unfinished) + len(group.missing) for group in groups)

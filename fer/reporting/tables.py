@@ -106,7 +106,7 @@ class Table:
 def write_csv(path: Path, tables: Sequence[Table]) -> None:
     """Write the records of several tables of one kind as one CSV, at full precision."""
     records = [{**row.record, "stamps": "; ".join(row.stamps)} for table in tables for row in table.rows]
-    pd.DataFrame(records).to_csv(path, index=False)
+    pd.DataFrame(records).to_csv(path, index=False, errors="backslashreplace")
 
 
 # -- text of figures ----------------------------------------------------------------------------------------------
@@ -137,7 +137,13 @@ def interval(low: float, high: float) -> Cell:
 
 def words(text: str) -> Cell:
     """Plain text."""
+    text = writable(text)
     return Cell(text, text.lower())
+
+
+def writable(text: str) -> str:
+    """Text as UTF-8 can write it: what of a file's name is none is shown escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def markdown(text: str) -> str:
