@@ -139,7 +139,7 @@ def choose_threads(network: nn.Module, image: torch.Tensor, cache: Path, bf16: b
 
     Several threads can be ten times slower than one on a machine that others use too, so this is measured, not
     assumed. The choice is kept in the cache folder by machine and workload: another choice in a second run could
-    change the last bits of its sums.
+    change the last bits of its sums. What is drawn at random afterwards does not depend on whether it was measured.
 
     Args:
         network: the model; its parameters' gradients are cleared afterwards, its buffers restored.
@@ -158,13 +158,14 @@ def choose_threads(network: nn.Module, image: torch.Tensor, cache: Path, bf16: b
         return int(json.loads(remembered.read_text())["threads"])
     buffers = {name: value.clone() for name, value in network.named_buffers()}
     seconds: dict[int, list[float]] = {1: [], everything: []}
-    for _ in range(4):  # interleaved, so that a passing load on the machine meets both; the first round warms up
-        for threads, times in seconds.items():
-            torch.set_num_threads(threads)
-            start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                network(image).float().logsumexp(1).sum().backward()
-            times.append(time.perf_counter() - start)
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(4):  # interleaved, so that a passing load on the machine meets both; the first round warms up
+            for threads, times in seconds.items():
+                torch.set_num_threads(threads)
+                start = time.perf_counter()
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    network(image).float().logsumexp(1).sum().backward()
+                times.append(time.perf_counter() - start)
     network.zero_grad(set_to_none=True)
     for name, value in network.named_buffers():
         value.copy_(buffers[name])
