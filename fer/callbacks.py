@@ -41,14 +41,18 @@ def _data_of(trainer: lightning.Trainer) -> ExpressionDataModule:
 
 
 class Randomness(Callback):
-    """Seeds torch before every step from (seed, step), so that dropout draws the same after a resume."""
+    """Seeds torch before every batch from (seed, step, place), so that dropout draws the same after a resume.
+
+    The place is that among the batches whose gradients one step accumulates.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         """Reseed; the multiplier keeps neighbouring seeds' streams apart."""
-        seed = self.seed * 1_000_000_007 + trainer.global_step + (trainer.global_rank << 48)
+        place = batch_idx % trainer.accumulate_grad_batches
+        seed = self.seed * 1_000_000_007 + trainer.global_step + (place << 40) + (trainer.global_rank << 48)
         # Not torch.manual_seed: for each kind of device the machine lacks, that notes the call with its stack, forever.
         torch.default_generator.manual_seed(seed)
         device = trainer.strategy.root_device
@@ -98,7 +102,8 @@ def save_predictions(
 class Curves(Checkpoint):
     """Curves, checkpoints and the log of steps of a module with a ``score``; its own state is in the checkpoint.
 
-    A signal is answered here: after the training step or validation batch at hand the run is saved and ends.
+    A signal is answered here: after the training step or validation batch at hand the run is saved and ends. No
+    checkpoint is made between batches whose gradients are accumulated: it would not have those.
 
     Derives from Lightning's `Checkpoint` only to be called after the module has logged its epoch.
 
@@ -124,7 +129,8 @@ class Curves(Checkpoint):
         self._saved = time.monotonic()
         self._epoch_began: float | None = None
         self._log: int | None = None  # file descriptor of the log of steps
-        self._logged = 0
+        self._logged = 0  # the last step that was made
+        self._accumulating = False
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only."""
@@ -204,9 +210,12 @@ class Curves(Checkpoint):
     ) -> None:
         """Save within an epoch when it is time; the epoch's end has its own checkpoint."""
         step = trainer.global_step  # asked for once: Lightning walks through five objects for it
-        if self._log is not None and step > self._logged:
+        self._accumulating = step == self._logged
+        if self._accumulating:
+            return
+        self._logged = step
+        if self._log is not None:
             os.write(self._log, b"%d\n" % step)
-            self._logged = step
         asked = self._asked(trainer)
         if batch_idx + 1 == trainer.num_training_batches:
             if self._epoch_began is not None:
@@ -224,7 +233,7 @@ class Curves(Checkpoint):
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
         """Save the state in which the validation began, and end, when the run is asked to."""
-        if self.stop.training and self._asked(trainer):
+        if self.stop.training and not self._accumulating and self._asked(trainer):
             with self.average.in_place(module) if self.average else contextlib.nullcontext():
                 self._save_last(trainer)
             raise Stopped
@@ -262,6 +271,11 @@ class Recorder(Curves):
 
     Its counts are written with that epoch, its picture once, before the test: drawing takes longer than many an epoch.
     """
+
+    def score(self, trainer: lightning.Trainer, module: Any, metrics: dict[str, float]) -> float:
+        """The module's monitor, not a number while that says nothing."""
+        early = trainer.current_epoch < module.scored_from
+        return math.nan if early else super().score(trainer, module, metrics)
 
     def on_best(self, trainer: lightning.Trainer, module: Any, metrics: dict[str, float]) -> None:
         """The confusion matrix's counts."""

@@ -14,7 +14,7 @@ import wandb.apis.public  # noqa: F401 - 0.3 s here, 1.7 s after torch
 import lightning
 import torch
 from hydra.utils import get_class, instantiate
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.table import Table
@@ -44,8 +44,8 @@ from fer.session import (
     set_threads,
     status_kept,
 )
-from fer.starting import begin_with, pinned
-from fer.stopping import Ranks, Stop, Stopped
+from fer.starting import begin_with, options_with, pinned
+from fer.stopping import Patience, Ranks, Stop, Stopped
 from fer.trainer import Trainer, quieten
 
 
@@ -76,14 +76,17 @@ def run_experiment(config: DictConfig, folder_path: Path, *, command: str = "", 
     facts = data.facts()
     config.data.class_names = data.class_names  # all of them where none was named, in the data's spelling
     architecture = get_class(config.model._target_)
+    if config.start_from is not None:
+        config.start_from = pinned(config.start_from)
     if issubclass(architecture, ExpressionModule):
-        for option, value in architecture.from_data(config.model, data).items():
+        found = architecture.from_data(config.model, data)
+        if config.start_from is not None and found:
+            found = options_with(config.start_from, found)
+        for option, value in found.items():
             config.model[option] = value
     if not follower:
         print_data(facts)
     plain = record_of(config)
-    if config.start_from is not None:
-        plain["start_from"] = config.start_from = pinned(config.start_from)
     if follower:
         config.logger = None
         with contextlib.suppress(Stopped), Stop() as stop:  # the first process ends with its exit code
@@ -107,7 +110,7 @@ def watchers(config: DictConfig, folder: RunFolder, module: ExpressionModule, st
     callbacks = [Randomness(config.seed), *([mixing] if mixing.transforms else []), *([average] if average else [])]
     callbacks += [recorder, *([Ranks(folder, stop)] if several_devices(config.trainer) else [])]
     if config.trainer.patience is not None:
-        callbacks.append(EarlyStopping(module.monitor, patience=config.trainer.patience, mode="max"))
+        callbacks.append(Patience(module.monitor, patience=config.trainer.patience, mode="max"))
     if config.trainer.enable_progress_bar:
         callbacks.append(Bar())
     return callbacks
@@ -181,7 +184,14 @@ def _train_and_test(
         raise UserError(
             f"no epoch was finished, so there is no best checkpoint: trainer.max_epochs={trainer.max_epochs}"
         )
-    module.load_state_dict(load_best(folder)["state_dict"])
+    kept = load_best(folder)
+    if kept["epoch"] != recorder.best_epoch:
+        raise UserError(
+            f"{folder.best} is of epoch {kept['epoch'] + 1}, the best is {recorder.best_epoch + 1}: the run was killed "
+            "and did not repeat itself to the bit, as on a GPU without trainer.deterministic=true; fresh=true starts "
+            "it anew"
+        )
+    module.load_state_dict(kept["state_dict"])
     started = time.monotonic()
     tester.test(module, datamodule=data, verbose=False)
     test_seconds = time.monotonic() - started

@@ -1,14 +1,19 @@
 """Fine-tuning: a run that begins with the best weights of a finished one, ``start_from=<run folder>``."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from fer.data.base import ExpressionDataModule
 from fer.errors import UserError
 from fer.models.base import ExpressionModule
 from fer.runs import RunFolder
+from fer.safety import read_config
 from fer.trained import TrainedRun, open_run
 from fer.weights import AT_SHA256, sha256_of
 
@@ -34,6 +39,20 @@ def pinned(start_from: str) -> str:
     return f"{best.parents[1]}{AT_SHA256}{found}"
 
 
+def options_with(start_from: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that the config leaves to the data, such as anchors, as the run had them whose weights know them.
+
+    Args:
+        start_from: the run folder as `pinned` names it.
+        found: what this run's data gives.
+    """
+    config = read_config(RunFolder(Path(start_from.partition(AT_SHA256)[0])).config, "python -m fer.train")
+    earlier = {key: OmegaConf.select(config, f"model.{key}") for key in found}
+    # A run that looked for none has kept their number.
+    known = {key: OmegaConf.to_container(values) for key, values in earlier.items() if OmegaConf.is_list(values)}
+    return {**found, **known}
+
+
 def begin_with(module: ExpressionModule, start_from: str, data: ExpressionDataModule) -> None:
     """Give a new module the weights of a finished run, and the sentences its results must carry for it.
 
@@ -57,10 +76,18 @@ def begin_with(module: ExpressionModule, start_from: str, data: ExpressionDataMo
     rows = (run.module.num_classes, module.num_classes)
     unfit = [*lacking, *(name for name in other if same_classes or name not in own)]
     unfit += [name for name in other if name in own and (*earlier[name].shape[:1], *own[name].shape[:1]) != rows]
+    # An option, not a weight: the record of this run must not name others.
+    anchors = [name for name in own if name.endswith(".anchors") and name in earlier]
+    unfit += [name for name in anchors if not torch.equal(earlier[name], own[name])]
     if unfit:
         raise UserError(
             f"start_from={place}: that run's {run.results['model']} has other weights than this run's model "
             f"({unfit[0]}); give model=... the options in {run.folder.config}"
+        )
+    if not same_classes and set(run.module.class_names) == set(module.class_names):
+        raise UserError(
+            f"start_from={place}: that run has this run's classes in another order: give this one "
+            f"data.class_names=[{','.join(run.module.class_names)}]"
         )
     if not same_classes and not other:
         raise UserError(

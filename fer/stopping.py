@@ -1,4 +1,4 @@
-"""How a run ends before its time: by a signal, in order, or with a process it cannot do without."""
+"""How a run ends before its time: when it learns no more, by a signal, or with a process it cannot do without."""
 
 import logging
 import os
@@ -10,8 +10,10 @@ from types import FrameType
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
+from fer.models.base import ExpressionModule
 from fer.runs import RunFolder
 
 log = logging.getLogger(__name__)
@@ -86,6 +88,26 @@ class Stop:
         if not self.training:
             raise Stopped
         os.write(2, signal.Signals(number).name.encode() + b": " + IN_TRAINING)  # no lock, unlike logging
+
+
+class Patience(EarlyStopping):
+    """Lightning's early stopping, on the scores that say something; a training it has ended is not gone on with."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """End a resumed training where it had ended."""
+        trainer.should_stop = trainer.should_stop or self.stopping_reason is not EarlyStoppingReason.NOT_STOPPED
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Look at the epoch's score."""
+        assert isinstance(pl_module, ExpressionModule)
+        if trainer.current_epoch >= pl_module.scored_from:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Look at the score, where there are several validations in an epoch."""
+        assert isinstance(pl_module, ExpressionModule)
+        if trainer.current_epoch >= pl_module.scored_from:
+            super().on_validation_end(trainer, pl_module)
 
 
 class Ranks(Callback):

@@ -214,12 +214,15 @@ def test_every_part_has_a_module_and_options() -> None:
 
 
 def test_a_step_draws_what_torchs_own_seed_gives_and_leaves_nothing_behind() -> None:
-    trainer = SimpleNamespace(global_step=5, global_rank=0, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(global_step=5, global_rank=0, accumulate_grad_batches=2, strategy=strategy)
     torch.manual_seed(3 * 1_000_000_007 + 5)
     expected = torch.rand(4)
     noted = len(torch.cuda._queued_calls)
-    Randomness(3).on_train_batch_start(trainer)
+    Randomness(3).on_train_batch_start(trainer, None, None, 0)
     torch.testing.assert_close(torch.rand(4), expected, rtol=0, atol=0)
+    Randomness(3).on_train_batch_start(trainer, None, None, 1)  # of the same step
+    assert not torch.equal(torch.rand(4), expected)
     assert len(torch.cuda._queued_calls) == noted  # torch.manual_seed adds one per call where there is no GPU
 
 

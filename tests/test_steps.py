@@ -252,9 +252,9 @@ def by_hand(module: Small, data: Data, left_out: set[int], accumulate: int = 1) 
 
     def closure(batches: list[dict[str, Tensor]], seed: int) -> Tensor:
         optimizer.zero_grad()
-        for batch in batches:
+        for place, batch in enumerate(batches):
             if accumulate > 1:
-                torch.manual_seed(seed)
+                torch.manual_seed(seed + (place << 40))
             loss = nn.functional.cross_entropy(module(batch["image"]), batch["label"]) / accumulate
             loss.backward()
         if recipe.clip_norm is not None:
@@ -340,6 +340,26 @@ def test_a_gradient_scaler_is_left_to_its_work(tmp_path: Path) -> None:
     module = module_of(clip=1.0)
     fit(module, tmp_path, Data(), Scaled())
     assert not module.guard.looks
+
+
+@pytest.mark.parametrize("most", [BATCH, 3], ids=["whole", "parts"])
+def test_sam_counts_a_batch_once_and_at_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """So far uphill that the second look would tell."""
+
+    class Counts(lightning.Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            self.images, self.loss = module.tally("train").sums[:2].tolist()
+
+    monkeypatch.setitem(OPTIMIZERS, "sam", partial(SAM, lr=0.0, rho=5.0, base=torch.optim.SGD))
+    counts, module = Counts(), module_of("sam", norm=False, dropout=0.0)
+    module.network.most = most
+    fit(module, tmp_path, Data(), counts, max_epochs=1, auto_batch=most < BATCH)
+    batches = Data().train_dataloader().batches
+    assert counts.images == BATCH * BATCHES
+    module.network.most = BATCH
+    with torch.no_grad():
+        loss = sum(module.loss(batch)[0].item() for batch in batches) / BATCHES
+    assert counts.loss / counts.images == pytest.approx(loss, rel=1e-5)
 
 
 def test_sam_accumulates_nothing(tmp_path: Path) -> None:

@@ -50,12 +50,14 @@ class ExpressionModule(SteppedModule, abc.ABC):
         compiled_parts: names of the submodules that ``trainer.compile`` compiles; a training step must call them as
             modules, since compiling changes nothing else.
         monitor: the validation score whose best epoch is tested.
+        scored_from: the first epoch whose score says anything; none before it is the best one or ends a training.
     """
 
     network: nn.Module
     monitor: str = "val/mean_acc"
     leaky: str | None = None
     takes_mixed: bool = True
+    scored_from: int = 0
     weights: str = "random"
     compiled_parts: tuple[str, ...] = ("network",)
 
@@ -163,7 +165,8 @@ class ExpressionModule(SteppedModule, abc.ABC):
         if self.portions is not None:
             batch, share = self.portions.portion(batch)
         loss, logits = self.loss(batch)
-        self.tally("train").add(logits.detach().argmax(1), batch["label"], loss)
+        if self.counts:
+            self.tally("train").add(logits.detach().argmax(1), batch["label"], loss)
         return loss if share == 1 else loss * share
 
     def scores(self, stage: Stage) -> dict[str, float]:

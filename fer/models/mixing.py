@@ -1,7 +1,7 @@
 """Mixup and cutmix: each training image blended with another one of its batch, and their labels likewise.
 
-The numbers come from torch's global generator, which `fer.callbacks.Randomness` seeds before every step: what is mixed
-is a pure function of (seed, step), so a resumed run sees the same mixtures.
+The numbers come from torch's global generator, which `fer.callbacks.Randomness` seeds before every batch: what is mixed
+is a pure function of (seed, step, place in the step), so a resumed run sees the same mixtures.
 """
 
 from typing import Any

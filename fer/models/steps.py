@@ -113,12 +113,15 @@ class SteppedModule(LightningModule):
         optim: optimiser and schedule.
         guard: watches for numbers that are not finite.
         portions: cuts batches that do not fit in memory.
+        counts: whether a training step's predictions are counted: not so at the weights uphill, where SAM looks at a
+            batch again.
         splits: whether a batch's loss is the mean of its parts' losses, each weighted by its images.
     """
 
     optim: Recipe
     guard: StepGuard | None = None
     portions: Portions | None = None
+    counts: bool = True
 
     @property
     def splits(self) -> bool:
@@ -170,7 +173,7 @@ class SteppedModule(LightningModule):
         if self.portions is not None:
             optimizer_closure = self.portions.whole(self, optimizer, optimizer_closure)
         try:
-            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            super().optimizer_step(epoch, batch_idx, optimizer, self._counted_once(optimizer_closure))
         except StepLeftOut:
             return
         except torch.OutOfMemoryError as error:
@@ -179,8 +182,19 @@ class SteppedModule(LightningModule):
                 f"out of memory in a training step ({reason}): cut its batches by trainer.auto_batch=true, or take a "
                 "smaller data.batch_size"
             ) from None
+        finally:
+            self.counts = True
         if self.guard is not None:
             self.guard.acted(optimizer.optimizer, first)
+
+    def _counted_once(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            try:
+                return closure()
+            finally:
+                self.counts = False
+
+        return call
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Lightning's, but not between the parts of a batch."""
