@@ -2,16 +2,19 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import composed
 from fakes import write_rafdb
 from hydra.utils import instantiate
+from lightning.pytorch.trainer.states import TrainerFn
 from model_builds import batch_of, build, cheap, images, neighbour_dependence, parameter_count, shaken
 from torch import nn
 from torchvision.ops import box_iou, nms, roi_align
 
+from fer.callbacks import Recorder
 from fer.errors import UserError
 from fer.experiment import run_experiment
 from fer.layers.boxes import best_boxes, decode, encode, grid_anchors
@@ -19,6 +22,8 @@ from fer.layers.region_loss import focal_binary, focal_softmax, head_loss, propo
 from fer.layers.region_pyramid import STRIDES, FeaturePyramid, RegionHead, crop
 from fer.layers.regions import FACE, Regions, jittered, without_duplicates
 from fer.models.multiscale_region import MultiscaleRegion
+from fer.runs import RunFolder
+from fer.stopping import Patience, Stop
 
 
 def test_parameters_and_stages():
@@ -569,6 +574,36 @@ def test_stages_of_training():
     assert all(p.grad.any() for p in module.network.classifier.parameters())
 
 
+def test_nothing_counts_while_the_detector_is_trained_alone(tmp_path):
+    """A score at chance is neither the best one nor the one that others fall short of."""
+    module = cheap("multiscale_region", "detector_epochs=2")
+    recorder = Recorder(RunFolder(tmp_path), 9, None, Stop())
+    patience = Patience(module.monitor, patience=1, mode="max")
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
+    state = SimpleNamespace(fn=TrainerFn.FITTING)
+    trainer = SimpleNamespace(strategy=strategy, state=state, sanity_checking=False, fast_dev_run=False)
+    trainer.val_check_interval, trainer.check_val_every_n_epoch, trainer.should_stop = 1.0, 1, False
+    patience.setup(trainer, module, "fit")
+    scores = []
+    for trainer.current_epoch, score in enumerate((0.9, 0.1, 0.2, 0.3)):
+        trainer.callback_metrics = {module.monitor: torch.tensor(score)}
+        scores.append(recorder.score(trainer, module, {module.monitor: score}))
+        patience.on_train_epoch_end(trainer, module)
+        assert not trainer.should_stop
+    assert scores == pytest.approx([math.nan, math.nan, 0.2, 0.3], nan_ok=True)
+    patience.on_train_epoch_end(trainer, module)
+    assert trainer.should_stop
+    assert cheap("multiscale_region", "detector_epochs=2", "rois=none").scored_from == 0
+
+
+def test_a_training_that_would_never_learn_expressions_is_refused():
+    module = cheap("multiscale_region", "detector_epochs=2")
+    module.trainer = SimpleNamespace(max_epochs=2)
+    with pytest.raises(UserError, match=r"trainer\.max_epochs=2 ends before .* model\.detector_epochs=2 epochs"):
+        module.setup("fit")
+    module.setup("test")
+
+
 def test_anchors_and_crops_are_options():
     network = cheap("multiscale_region", "anchor=8", "organ_crop=5", "face_crop=9").network
     sides = network.proposals.anchors[:, 2:] - network.proposals.anchors[:, :2]
@@ -599,7 +634,8 @@ def run(request, tmp_path_factory, cache):
         patch.setenv("FER_CACHE", str(cache))
         patch.setenv("WANDB_MODE", "offline")
         folder = tmp_path_factory.mktemp(request.param)
-        more = ["trainer.max_epochs=2"] if request.param == "detector" else ["trainer.max_epochs=1", "logger=csv"]
+        one_epoch = ["trainer.max_epochs=1", "model.detector_epochs=0", "logger=csv"]
+        more = ["trainer.max_epochs=2"] if request.param == "detector" else one_epoch
         run_experiment(composed(*RUN, f"model.rois={request.param}", *more), folder)
     return request.param, folder
 

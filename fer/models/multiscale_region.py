@@ -139,6 +139,7 @@ class MultiscaleRegion(FaceDetector):
         self.rois, self.gamma, self.detector_epochs = rois, gamma, detector_epochs
         self.duplicate_iou, self.max_faces = duplicate_iou, max_faces
         self.takes_mixed = rois == "none"  # a blend of two faces has no regions
+        self.scored_from = 0 if rois == "none" else detector_epochs
         self.regions: dict[str, list[Image]] = {"val": [], "test": []}
         self.missing = {"val": [0, 0], "test": [0, 0]}  # faces and organs looked for in vain
 
@@ -170,6 +171,21 @@ class MultiscaleRegion(FaceDetector):
         if whole > 0.5:
             log.warning("%.0f %% of the faces fill their image: the scales of face and image are the same", 100 * whole)
         return {}
+
+    def setup(self, stage: str) -> None:
+        """The base's.
+
+        Raises:
+            UserError: The training would end before the expression is learned.
+        """
+        epochs = self.trainer.max_epochs
+        if stage == "fit" and epochs is not None and self.rois != "none" and epochs <= self.detector_epochs:
+            raise UserError(
+                f"trainer.max_epochs={epochs} ends before the expression is learned, since the first "
+                f"model.detector_epochs={self.detector_epochs} epochs train the detector alone: set the one higher or "
+                "the other lower"
+            )
+        super().setup(stage)
 
     @property
     def splits(self) -> bool:
@@ -219,7 +235,7 @@ class MultiscaleRegion(FaceDetector):
             logits, batch if labels.shape[1] == 1 else {"label": labels[image, face]}
         )
         # At first times 0, not left out: every parameter has its gradient on every device.
-        joint = float(self.current_epoch >= self.detector_epochs)
+        joint = float(self.current_epoch >= self.scored_from)
         detection = self.network.detection_loss(maps, truth, known.complete, self.gamma)
         return detection + joint * expression, logits[before]  # of each image's first face
 
