@@ -643,6 +643,23 @@ def test_run_keeps_its_anchors(run):
     assert area == sorted(area)
 
 
+def test_another_run_begins_with_its_anchors(run, cache, monkeypatch):
+    """Which its head knows; the record of the run that begins with them must not name others."""
+    from fer.starting import begin_with, options_with, pinned
+
+    folder, _ = run
+    monkeypatch.setenv("FER_CACHE", str(cache))
+    kept = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    anchors = options_with(pinned(str(folder)), {"anchors": [[1.0, 2.0]]})["anchors"]
+    torch.testing.assert_close(torch.tensor(anchors), kept["network.detection.grid.anchors"])
+    config, data = scenes("data.train=40", "data.val=8", "data.test=24", f"model.anchors={anchors}")
+    config.data.class_names = data.class_names
+    begin_with(instantiate(config.model), pinned(str(folder)), data)
+    config.model.anchors[0][0] += 1
+    with pytest.raises(UserError, match=r"other weights .*anchors\); give model=\.\.\. the options in"):
+        begin_with(instantiate(config.model), pinned(str(folder)), data)
+
+
 def test_run_shows_its_picture_on_wandb(run):
     folder, _ = run
     assert list((folder / "wandb").glob("offline-run-*/files/media/images/test/detections*.png"))

@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 
 from fer.errors import UserError
 from fer.experiment import run_experiment
+from fer.runs import read_json
 from fer.starting import begin_with, pinned
 from fer.weights import sha256_of
 
@@ -59,6 +60,15 @@ def test_test_images_that_were_learned_from_are_told(whole, cache, monkeypatch):
 def test_other_weights_are_refused(whole, cache, monkeypatch):
     with pytest.raises(UserError, match=r"has other weights than this run's model \(network\..*config\.yaml"):
         begun(whole, cache, monkeypatch, "model.width=4")
+
+
+def test_the_same_classes_in_another_order_tell_which(whole, cache, monkeypatch):
+    names = read_json(whole / "results.json")["classes"]
+    with pytest.raises(UserError, match=r"in another order: give this one data\.class_names=\[") as caught:
+        begun(whole, cache, monkeypatch, f"data.class_names=[{','.join(reversed(names))}]")
+    mend = str(caught.value).split()[-1]
+    module, _ = begun(whole, cache, monkeypatch, mend)
+    assert module.class_names == names
 
 
 def test_no_run_and_another_run_are_refused(whole, tmp_path):
