@@ -50,9 +50,11 @@ class Randomness(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        """Reseed; the multiplier keeps neighbouring seeds' streams apart."""
+        """Reseed; the multipliers keep the streams of neighbouring seeds and places apart."""
         place = batch_idx % trainer.accumulate_grad_batches
-        seed = self.seed * 1_000_000_007 + trainer.global_step + (place << 40) + (trainer.global_rank << 48)
+        # A CPU's generator looks at the lower 32 bits alone.
+        own = self.seed * 1_000_000_007 + place * 2_654_435_761 + trainer.global_step
+        seed = own + (trainer.global_rank << 48)
         # Not torch.manual_seed: for each kind of device the machine lacks, that notes the call with its stack, forever.
         torch.default_generator.manual_seed(seed)
         device = trainer.strategy.root_device

@@ -254,7 +254,7 @@ def by_hand(module: Small, data: Data, left_out: set[int], accumulate: int = 1) 
         optimizer.zero_grad()
         for place, batch in enumerate(batches):
             if accumulate > 1:
-                torch.manual_seed(seed + (place << 40))
+                torch.manual_seed(seed + place * 2_654_435_761)
             loss = nn.functional.cross_entropy(module(batch["image"]), batch["label"]) / accumulate
             loss.backward()
         if recipe.clip_norm is not None:

@@ -168,6 +168,7 @@ class FlipConsistency(AuxiliaryLoss):
         if self.layer is None:
             raise RuntimeError("attach(module) must come before a loss of flip consistency")
         layer = module.get_submodule(self.layer)
+        assert isinstance(layer, nn.Linear)
         features, last = _features_and_map(module, batch["image"])
         _, mirrored = _features_and_map(module, batch["image"].flip(3))
         logits = module.classify(features)
@@ -200,7 +201,8 @@ def _classifying_layer(module: Classifier) -> str:
     module.train(was_training)
     mean = last.mean((2, 3)) if last.ndim == 4 else None
     if mean is not None and mean.shape == features.shape and torch.allclose(mean, features, rtol=2e-6, atol=1e-6):
-        for name, layer in module.named_modules():
+        layers: dict[str, nn.Module] = dict(module.named_modules())
+        for name, layer in layers.items():
             fits = isinstance(layer, nn.Linear) and layer.in_features == features.shape[1]
             if fits and torch.equal(layer(features), logits):
                 return name
