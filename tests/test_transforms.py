@@ -340,11 +340,47 @@ def test_workers_move_an_image_as_the_device_does(name: str) -> None:
     rows = np.arange(40)
     waves = [np.sin(2 * x + 0.1 * r) * np.cos(3 * y - 0.2 * r) + x * (r % 3) / 3 for r in range(40)]
     images = np.rint(100 + 60 * np.stack(waves)[..., None]).astype(np.uint8)
-    for size in (56, 59, 80, 40):
+    for size in (56, 59, 80, 40, 28, 17):
         batch = {"image": torch.from_numpy(images), "index": torch.from_numpy(rows)}
         device = finish(augment, size)(batch, 3)["image"][:, 0]
         seen = np.stack(WorkerAugment(augment, size, 0, track=False)(images, 3, rows)["image"])[..., 0]
         assert (device - torch.from_numpy(seen) / 255).abs().max() < 0.02
+
+
+def detail(images: torch.Tensor) -> float:
+    """Mean difference of neighbouring pixels."""
+    return float(images.diff(dim=-1).abs().mean() + images.diff(dim=-2).abs().mean())
+
+
+@pytest.mark.parametrize("side", [96, 103])
+def test_images_much_larger_than_the_input_are_shrunk_without_false_detail(side: int) -> None:
+    """Training shows the network no more fine detail than evaluation, on either way, and places still fit."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (16, side, side, 1), np.uint8)
+    off = {"flip": 0, "shift": 0, "scale": [1.0, 1.0]}
+    augment = dataclasses.replace(geometry_only("standard"), crop_pct=1.0)
+    assert augment.batched is not None
+    turned = dataclasses.replace(augment, batched=dataclasses.replace(augment.batched, **off, rotate=1.0))
+    batch = {"image": torch.from_numpy(images), "index": torch.arange(16)}
+    shown = detail(finish(turned, 32, train=False)(batch, 0)["image"])
+    assert detail(torch.from_numpy(images[:, :32, :32, 0]) / 255) > 3 * shown  # as reading single pixels would have it
+    seen = WorkerAugment(turned, 32, 0, track=False)(images, 0, np.arange(16))["image"]
+    for way in (finish(turned, 32)(batch, 0)["image"], torch.from_numpy(np.stack(seen)[..., 0]) / 255):
+        assert 0.6 * shown < detail(way) < 1.5 * shown  # of pure noise, which area averages keep more of
+    # A broad spot lies where the map of its places says.
+    y, x = np.mgrid[:side, :side]
+    spot = rng.uniform(0.4, 0.6, (16, 2)) * side
+    broad = np.exp(-((x - spot[:, :1, None]) ** 2 + (y - spot[:, 1:, None]) ** 2) / 50)
+    images = np.rint(255 * broad)[..., None].astype(np.uint8)
+    moved = WorkerAugment(augment, 32, 0, track=True)(images, 0, np.arange(16))
+    relative = torch.from_numpy((spot * 2 + 1) / side - 1)
+    places = torch.einsum("bij,bj->bi", moved["matrix"][:, :, :2].double(), relative) + moved["matrix"][:, :, 2]
+    device = finish(augment, 32)({"image": torch.from_numpy(images), "index": torch.arange(16)}, 0)["image"][:, 0]
+    for way in (device.numpy(), np.stack(moved["image"])[..., 0] / 255):
+        down, across = np.mgrid[:32, :32]
+        mass = way.sum((1, 2))
+        found = np.stack([(way * across).sum((1, 2)) / mass, (way * down).sum((1, 2)) / mass], axis=1)
+        assert np.abs(found - ((places.numpy() + 1) * 16 - 0.5)).max() < 0.25
 
 
 def test_an_image_is_copied_where_that_suffices() -> None:

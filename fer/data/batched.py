@@ -51,6 +51,14 @@ def uniform_pair(u: Tensor) -> tuple[Tensor, Tensor]:
     return first / 4096, u * 4096 - first
 
 
+def shrunk(image: Tensor, factor: int) -> Tensor:
+    """(B, C, S, S) -> (B, C, S // factor, S // factor) by averaging areas; what shows where stays.
+
+    A sampling that passes over pixels would show as detail what is none, and evaluation's antialiased one does not.
+    """
+    return image if factor < 2 else functional.adaptive_avg_pool2d(image, image.shape[-1] // factor)
+
+
 def sample(image: Tensor, source: Tensor, size: int) -> Tensor:
     """(B, C, S, S) -> (B, C, size, size), read bilinearly where the (B, 2, 3) maps ``source`` say, edges repeated."""
     # Written out instead of affine_grid's batched product, whose rounding depends on the batch size.
@@ -64,6 +72,8 @@ def sample(image: Tensor, source: Tensor, size: int) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class BatchAugment:
     """One batched recipe: geometry in a single bilinear sampling, then light and colour, then erasing.
+
+    Images whose crop is at least twice the result's side are shrunk by the whole factor first.
 
     What is switched off costs nothing; ``conf/augment/_off.yaml`` has the values that switch everything off.
 
@@ -122,7 +132,7 @@ class BatchAugment:
         source = self._source(u, crop, image.shape[-1])
         if self.rand_augment:
             source = self.rand_augment.bend(source, u[:, _DRAWS:])
-        image = sample(image, source, size)
+        image = sample(shrunk(image, crop // size), source, size)
         image = self._colour(self._light(image, u), u)
         if self.rand_augment:
             image = self.rand_augment.paint(image, u[:, _DRAWS:])

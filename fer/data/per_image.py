@@ -113,8 +113,9 @@ class WorkerAugment:
         """
         side = images.shape[1]
         source = self._source(torch.from_numpy(rows), epoch, side)
+        factor = self.augment.crop_side(side) // self.size
         seen = [
-            read(images[row], where, self.size)
+            read(images[row], where, self.size, factor)
             for row, where in zip(rows, _pixels(source, side, self.size), strict=True)
         ]
         matrix = inverse(source) if self.track else None
@@ -147,13 +148,15 @@ def _pixels(source: Tensor, side: int, size: int) -> Array:
     return np.concatenate([linear, ((corner + 1) * side - 1)[:, :, None] / 2], axis=2)
 
 
-def read(image: Array, where: Array, size: int) -> Array:
+def read(image: Array, where: Array, size: int, factor: int = 1) -> Array:
     """One (S, S, C) image read where a map says: copied where that suffices, else bilinearly, edges repeated.
 
     Args:
         image: uint8.
         where: (2, 3) map from pixels of the result to pixels of the image.
         size: side of the result.
+        factor: by which the image is shrunk first, averaging areas, where it is to be read bilinearly; see
+            `fer.data.batched.shrunk`.
 
     Returns:
         (size, size, C) uint8, an array of its own.
@@ -170,6 +173,11 @@ def read(image: Array, where: Array, size: int) -> Array:
             window = image[top:bottom, left:right]
             out = fit(window[..., 0] if channels == 1 else window, size, channels)
             return (cv2.flip(out, 1) if across < 0 else out.copy()).reshape(size, size, channels)
+    if factor > 1:
+        side = image.shape[0] // factor
+        ratio = side / image.shape[0]
+        image = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+        where = where * ratio + np.array([0, 0, (ratio - 1) / 2])  # pixels count from their centres
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(image, where, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE).reshape(
         size, size, channels
