@@ -135,6 +135,40 @@ def test_epochs_differ_and_repeat(resident: str) -> None:
     assert not any(flips)
 
 
+def test_ferplus_draws_labels_by_votes_and_accepts_several(tmp_path: Path) -> None:
+    """Barsoum et al. 2016, section 3: the class of an image drawn by its votes in every epoch; any of those seen."""
+    WRITERS["ferplus"](tmp_path)
+    words = ["data=ferplus", f"data.root={tmp_path}", "augment=light", "data.batch_size=8", "augment.crops_per_image=2"]
+    seen: dict[tuple[int, int], list[int]] = {}
+    for resident in ("yes", "no"):
+        data = opened(*words, "data.mode=probability", f"data.resident='{resident}'", "data.num_workers=0")
+        assert data.store.manifest.soft is not None
+        for number in range(40):
+            loader = data.train_dataloader()
+            loader.sampler.set_epoch(number)
+            for place, batch in enumerate(loader):
+                assert "cumulative" not in batch
+                time = 2 * number + place // loader.sampler.pass_batches
+                for row, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True):
+                    seen.setdefault((time, row), []).append(label)
+    assert all(len(set(labels)) == 1 for labels in seen.values())  # on either way the same
+    assert any(len(labels) == 2 for labels in seen.values())
+    drawn = np.zeros_like(data.store.manifest.soft)
+    for (_, row), labels in seen.items():
+        drawn[row, labels[0]] += 1
+    rows = drawn.sum(1) > 60
+    assert (drawn[data.store.manifest.soft == 0] == 0).all()
+    share = drawn[rows] / drawn[rows].sum(1, keepdims=True)
+    assert np.abs(share - data.store.manifest.soft[rows]).max() < 0.25
+    assert np.abs((share - data.store.manifest.soft[rows]).mean(0)).max() < 0.03
+    val = next(iter(data.val_dataloader()))
+    assert torch.equal(val["label"], torch.as_tensor(data.label[val["index"]]))
+    several = opened(*words, "data.mode=multi_target")
+    batch = next(iter(several.train_dataloader()))
+    votes = torch.as_tensor(several.store.manifest.soft)[batch["index"]]
+    assert torch.equal(batch["accepted"], votes > 0)
+
+
 def test_whether_the_data_is_resident_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training takes memory, after which the same question had another answer."""
     data = opened("data=synthetic", *SMALL)

@@ -54,6 +54,7 @@ FIELDS = {
     "organ_boxes": (4, 4),
     "landmarks": (5, 2),
     "soft": (7,),
+    "cumulative": (7,),
     "valence_arousal": (2,),
 }
 

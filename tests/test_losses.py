@@ -11,7 +11,7 @@ from torch import nn
 
 from fer.errors import UserError
 from fer.layers.region_loss import focal_softmax
-from fer.models.losses import ClassBalanced, CrossEntropy, ExpressionLoss, Focal, SoftCrossEntropy
+from fer.models.losses import ClassBalanced, CrossEntropy, ExpressionLoss, Focal, MultiTarget, SoftCrossEntropy
 from fer.models.optim import Constant, Cosine, OneCycle, Recipe, StepDecay
 from fer.models.sam import SAM
 
@@ -132,6 +132,19 @@ def test_soft_cross_entropy(logits, batch):
         SoftCrossEntropy()(logits, batch)
 
 
+def test_multi_target(logits, batch):
+    """-log of the largest of target times prediction, image by image, as the paper writes it."""
+    accepted = torch.rand(32, 7, generator=torch.Generator().manual_seed(2)) < 0.3
+    accepted[torch.arange(32), batch["label"]] = True
+    assert (accepted.sum(1) > 1).any()
+    products = accepted.double() * logits.double().softmax(1)
+    expected = [-math.log(max(row)) for row in products.tolist()]
+    loss = MultiTarget()(logits, batch | {"accepted": accepted})
+    assert loss.item() == pytest.approx(sum(expected) / 32, rel=1e-5)
+    with pytest.raises(UserError, match=r"data=ferplus data\.mode=multi_target"):
+        MultiTarget()(logits, batch)
+
+
 class TinyModule(nn.Module):
     """A convolution, a mean, a linear classifier: what losses may ask of a module."""
 
@@ -161,6 +174,7 @@ def test_configured_losses(name, batch):
     batch |= {
         "image": torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
         "soft": nn.functional.one_hot(batch["label"], 7).float(),
+        "accepted": nn.functional.one_hot(batch["label"], 7) > 0,
         "valence_arousal": torch.rand(32, 2, generator=torch.Generator().manual_seed(3)) * 2 - 1,
     }
     values = []

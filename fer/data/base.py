@@ -7,10 +7,11 @@ finding the root, the message when it is missing, decoding, the protocol's split
 loaders, counts and augmentation.
 
 A batch is a dict: ``image`` (B, 3, H, W) float32 normalised, ``label`` (B,) int64, ``index`` (B,) int64 rows of the
-manifest, and where the data has them ``soft`` (B, K), ``valence_arousal`` (B, 2), ``face_labels`` (B, F) int64 and, in
-pixels of the input with NaN where missing or outside, ``box`` (B, 4), ``organ_boxes`` (B, 4, 4), ``face_boxes``
-(B, F, 4), ``face_organ_boxes`` (B, F, 4, 4) and ``landmarks`` (B, L, 2), see `fer.data.manifest.Manifest`. Where a data
-set has landmarks but no organ boxes, these are made from them (`fer.data.regions`).
+manifest, and where the data has them ``soft`` (B, K), ``accepted`` (B, K) bool, classes any of which is right,
+``valence_arousal`` (B, 2), ``face_labels`` (B, F) int64 and, in pixels of the input with NaN where missing or outside,
+``box`` (B, 4), ``organ_boxes`` (B, 4, 4), ``face_boxes`` (B, F, 4), ``face_organ_boxes`` (B, F, 4, 4) and
+``landmarks`` (B, L, 2), see `fer.data.manifest.Manifest`. Where a data set has landmarks but no organ boxes, these are
+made from them (`fer.data.regions`).
 """
 
 import abc

@@ -72,12 +72,14 @@ class FERPlus(PixelTableModule):
         form: ``auto``, ``csv`` or ``folders``.
         labels: ``fer2013new``: the votes of fer2013new.csv; ``label_csv``: those of the three label.csv, which differ
             on 1,602 rows.
-        mode: how votes become a label for training images.
+        mode: how votes become what training learns of an image. The label is the class with the most votes that the
+            mode keeps, but for ``probability``.
 
             - ``majority``: the class with more than S / 2 votes.
-            - ``probability``, ``crossentropy``: the top classes that make up 0.75 S, three at most; the two differ in
-              the loss only (one class drawn per step, or the whole distribution).
-            - ``multi_target``: all classes with at least 0.3 S, with equal weight.
+            - ``probability``, ``crossentropy``: the top classes that make up 0.75 S, three at most. ``probability``
+              draws the label from them by their votes, anew in every epoch, by (seed, epoch, row); for
+              ``crossentropy`` the paper's loss is ``loss=soft``, of the whole distribution.
+            - ``multi_target``: all classes with at least 0.3 S, any of which is right; for ``loss=multi_target``.
             - ``argmax``: most votes of all ten columns; ``argmax8``: most votes of the eight expressions.
         eval_mode: the same for validation and test images; the official protocol always reads these by ``majority``.
         options: see `DataOptions`.
@@ -117,6 +119,15 @@ FER2013{Train,Valid,Test}/fer0000000.png, label.csv"""
             )
         form, folder = found
         return self._from_csv(folder) if form == "csv" else self._from_folders(folder)
+
+    def _fields(self) -> dict[str, Array]:
+        """What the mode's training needs besides."""
+        fields = super()._fields()
+        if self.mode == "probability":
+            fields["cumulative"] = cumulative(fields["soft"])
+        elif self.mode == "multi_target":
+            fields["accepted"] = fields["soft"] > 0
+        return fields
 
     def _from_csv(self, folder: Path) -> Manifest:
         table = read_full_table(folder)
@@ -274,6 +285,12 @@ def labels_from_votes(votes: Array, mode: str) -> tuple[Array, Array]:
     soft = (weight[:, :k] > 0).astype(np.float64) if mode == "multi_target" else weight[:, :k].astype(np.float64)
     soft = np.where(keep[:, None], soft, 0)
     return np.where(keep, winner, -1), soft / np.maximum(soft.sum(axis=1, keepdims=True), 1e-12)
+
+
+def cumulative(soft: Array) -> Array:
+    """(N, K) shares of the classes, summed up to each of them; 1 from the last class with a share on."""
+    total = soft.cumsum(axis=1)
+    return np.where(total >= total[:, -1:], 1, total).astype(np.float32)
 
 
 def _top_classes(votes: Array) -> Array:

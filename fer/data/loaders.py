@@ -213,6 +213,7 @@ class WorkerLoader(_Loader):
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         # A training loader moves its position while workers read ahead; the sampler's iterator has started by then,
         # so the position counts batches handed out, never batches read.
-        epoch = self.sampler.epoch
+        sampler = self.sampler
         for batch in workers.batches(self.loader):
+            epoch = sampler.epoch * sampler.passes + sampler.position // sampler.pass_batches  # of this pass
             yield self.finish({key: values.to(self.device, non_blocking=True) for key, values in batch.items()}, epoch)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fer.config import require_counts
-from fer.data.batched import BatchAugment
+from fer.data.batched import BatchAugment, uniform
 from fer.data.places import PLACES, follow, inverse
 from fer.errors import UserError
 
@@ -63,6 +63,18 @@ def central(side: int, crop: int) -> Tensor:
     return torch.tensor([[scale, 0, shift], [0, scale, shift]])
 
 
+def drawn(cumulative: Tensor, index: Tensor, epoch: int, seed: int) -> Tensor:
+    """(B,) classes drawn by their shares: a pure function of (seed, epoch, row), of numbers no augmentation uses.
+
+    Args:
+        cumulative: (B, K) shares of the classes, summed up to each of them.
+        index: (B,) rows of the manifest.
+        epoch: the epoch.
+        seed: the run's seed, from 0 on.
+    """
+    return (cumulative <= uniform(-1 - seed, epoch, index, 1)).sum(1)
+
+
 class Finish:
     """From stored uint8 images to the network's input, on the images' device: the last step of both paths.
 
@@ -99,7 +111,8 @@ class Finish:
 
         Args:
             batch: ``image`` (B, S, S, C) uint8, ``index`` (B,) rows of the manifest, places as `fer.data.places` has
-                them, ``matrix`` (B, 2, 3) of images that come augmented and have places, and whatever else.
+                them, ``matrix`` (B, 2, 3) of images that come augmented and have places, ``cumulative`` (B, K) where
+                training draws the label, see `drawn`, and whatever else.
             epoch: the epoch.
 
         Returns:
@@ -123,7 +136,9 @@ class Finish:
                 matrix = central(side, crop).to(pixels.device).expand(len(pixels), 2, 3) if places else None
             image = self._normalise(image)
         moved = {} if matrix is None else follow(batch, matrix, self.size)
-        kept = {key: values for key, values in batch.items() if key != "matrix"}
+        kept = {key: values for key, values in batch.items() if key not in ("matrix", "cumulative")}
+        if self.train and "cumulative" in batch:
+            kept["label"] = drawn(batch["cumulative"], batch["index"], epoch, self.seed)
         return {**kept, **moved, "image": image}
 
     def _scaled(self, pixels: Tensor) -> Tensor:

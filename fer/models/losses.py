@@ -187,3 +187,23 @@ class SoftCrossEntropy(ExpressionLoss):
                 "use data=ferplus, or loss=cross_entropy"
             )
         return F.cross_entropy(logits.float(), batch["soft"].float())
+
+
+class MultiTarget(ExpressionLoss):
+    """Any of several classes is right, Barsoum et al., arXiv 1608.01041, section 3: -log max_k t_k p_k, t_k 0 or 1."""
+
+    splits = True
+
+    def forward(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean over the batch.
+
+        Raises:
+            UserError: The data set does not say which classes are right.
+        """
+        if "accepted" not in batch:
+            raise UserError(
+                "loss=multi_target needs images of which several classes may be right: use data=ferplus "
+                "data.mode=multi_target, or loss=cross_entropy"
+            )
+        log_p = logits.float().log_softmax(1)
+        return -log_p.masked_fill(~batch["accepted"], -torch.inf).amax(1).mean()
