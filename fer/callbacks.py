@@ -50,11 +50,11 @@ class Randomness(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        """Reseed; the multipliers keep the streams of neighbouring seeds and places apart."""
+        """Reseed; the multipliers keep the streams of neighbouring seeds, places and processes apart."""
         place = batch_idx % trainer.accumulate_grad_batches
-        # A CPU's generator looks at the lower 32 bits alone.
-        own = self.seed * 1_000_000_007 + place * 2_654_435_761 + trainer.global_step
-        seed = own + (trainer.global_rank << 48)
+        # No shifts: a CPU's generator looks at the lower 32 bits alone.
+        own = self.seed * 1_000_000_007 + place * 2_654_435_761 + trainer.global_rank * 805_306_457
+        seed = own + trainer.global_step
         # Not torch.manual_seed: for each kind of device the machine lacks, that notes the call with its stack, forever.
         torch.default_generator.manual_seed(seed)
         device = trainer.strategy.root_device

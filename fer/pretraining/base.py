@@ -94,7 +94,7 @@ class Pretraining(SteppedModule, abc.ABC):
         counts = torch.ones_like(batch["index"], dtype=torch.bool) if counts is None else counts
         number = counts.sum()
         sums = self._sums[stage]
-        for name, values in measures.items():
+        for name, values in measures.items() if self.counts else ():
             # What is not finite is left out of the means; whether it ends the run is the guard's to say.
             counted = counts & values.isfinite()
             added = torch.stack([torch.where(counted, values.detach().float(), 0).sum(), counted.sum().float()])
