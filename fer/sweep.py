@@ -93,7 +93,7 @@ def plan(config: DictConfig, words: list[str]) -> Plan:
     check_choices("train", words, swept)
     fixed = ["group", *(override.key_or_group for override in parsed.values() if override not in swept)]
     folder = _folder(config, sorted(str(override.input_line) for override in swept))
-    jobs = None
+    jobs: dict[str, list[str]] | None = None
     if config.hydra.sweeper._target_ == GRID:
         jobs = {}
         style = config.hydra.job.config.override_dirname
