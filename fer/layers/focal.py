@@ -11,7 +11,7 @@ def focal(log_p: Tensor, gamma: float) -> Tensor:
         log_p: logarithms of the true class's probabilities, of any shape.
         gamma: 0 is cross-entropy.
     """
-    # 1 - p through expm1, so that confident images keep a gradient that is exact; off 0, where that of a power below 1
-    # has no end and would make NaN of them.
-    rest = (-log_p.expm1()).clamp_min(torch.finfo(log_p.dtype).tiny)
+    rest = -log_p.expm1()  # 1 - p, with a gradient that is exact for confident images
+    if 0 < gamma < 1:
+        rest = rest.clamp_min(torch.finfo(log_p.dtype).tiny)  # at 0 the gradient of such a power has no end
     return -(rest.pow(gamma) * log_p)
