@@ -251,7 +251,13 @@ def test_control_c_stops_a_sweep(tmp_path: Path, launcher: str) -> None:
     launching = LAUNCHERS.get(launcher, [])
     words = ["-m", *SMALL, "seed=0,1,2", "logger=csv", "trainer.max_epochs=500", *launching, "hydra.sweep.dir=here"]
     command = [sys.executable, "-m", "fer.train", *words]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     wait_until(lambda: list((tmp_path / "here").glob("*/metrics.csv")), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.wait(timeout=300) == 130
