@@ -183,6 +183,28 @@ def test_whether_the_data_is_resident_is_settled_once(monkeypatch: pytest.Monkey
     assert not again.is_resident()
     free = 3 * data.store.images.nbytes
     assert not again.is_resident()
+    resumed = opened("data=synthetic", *SMALL)
+    resumed.load_state_dict(again.state_dict())
+    assert not resumed.is_resident()
+
+
+def test_a_checkpoint_says_whether_the_data_was_resident(whole: Path) -> None:
+    saved = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["Synthetic"] == {"resident": {"cpu": True}}
+
+
+@pytest.mark.parametrize(("name", "field"), [("ferplus", "soft"), ("synthetic", "landmarks")])
+def test_the_fingerprint_knows_votes_and_places(name: str, field: str, tmp_path: Path) -> None:
+    """A run is not continued on other votes or boxes, though every image and every label is the same."""
+    if name == "synthetic":
+        data = opened("data=synthetic", *SMALL)
+    else:
+        WRITERS[name](tmp_path)
+        data = opened(f"data={name}", f"data.root={tmp_path}")
+    before, values = data.fingerprint(), getattr(data.store.manifest, field)
+    assert data.fingerprint() == before
+    values[int(data.split.train[0])] = values[int(data.split.train[0])][::-1].copy()
+    assert data.fingerprint() != before
 
 
 def test_a_loader_goes_on_where_its_state_says() -> None:

@@ -330,9 +330,11 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         return Framing.measured(shares, store.windows[rows, 2:].max(1))
 
     def fingerprint(self) -> str:
-        """Hash of the split, its labels and its pixels: changes when anything a run sees of the data does."""
+        """Hash of split, pixels, labels, votes and places: changes when anything a run sees of the data does."""
         digest = hashlib.sha256(self.split.fingerprint(self.store.manifest).encode())
-        digest.update(self.label.tobytes() + np.ascontiguousarray(self.store.copies).tobytes())
+        digest.update(np.ascontiguousarray(self.store.copies).tobytes())
+        for name, values in sorted(self._fields().items()):  # labels, votes, places
+            digest.update(f"{name} {values.shape}".encode() + np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()[:16]
 
     # -- loaders --------------------------------------------------------------------------------------------------
@@ -345,7 +347,8 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
     def is_resident(self) -> bool:
         """Whether the whole store is held on the device; decides which form of the augmentation runs.
 
-        ``auto`` is settled once for each kind of device: what a training takes of the memory later changes nothing.
+        ``auto`` is settled once for each kind of device: neither what a training takes of the memory later nor a resume
+        beside another job changes it.
         """
         if self.resident != "auto":
             return self.resident == "yes"
@@ -353,6 +356,14 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         if kind not in self._held:
             self._held[kind] = self._fits(self.device)
         return self._held[kind]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``resident=auto`` came to, for the checkpoint."""
+        return {"resident": dict(self._held)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep to it."""
+        self._held |= state_dict["resident"]
 
     def _fits(self, device: torch.device) -> bool:
         if device.type == "cuda":
