@@ -76,6 +76,7 @@ def write_run(
     epochs: int = 4,
     split: str = "",
     store: str = "",
+    images_per_person: int | None = None,
     more: dict[str, Any] | None = None,
 ) -> Path:
     """Write one run folder.
@@ -87,6 +88,7 @@ def write_run(
         model, data: public names written into config and results.
         seed, fold: the run's.
         images: test images, or with a fold those of the pool.
+        images_per_person: how many in a row show one; None: nobody is known.
         accuracy: share of right answers.
         right: (n,) which answers are right, instead of `accuracy`.
         classes: class names, the config's by default.
@@ -162,7 +164,7 @@ def write_run(
 
     predicted = probabilities.argmax(1)
     table = pd.DataFrame({"index": rows, "item": [f"{items}/{row:06d}" for row in rows]})
-    table["subject"] = ""
+    table["subject"] = "" if images_per_person is None else [f"S{row // images_per_person:03d}" for row in rows]
     table["label"], table["predicted"] = np.array(names)[label], np.array(names)[predicted]
     for place, name in enumerate(names):
         table[name] = probabilities[:, place]

@@ -28,6 +28,7 @@ from fer.exporting.int8 import cost, interleaved, method_for, quantise
 from fer.exporting.zoo import best_runs
 from fer.hub import ExportedModel
 from fer.metrics import scores
+from fer.reporting.collect import Answers
 from fer.reporting.statistics import bootstrap_scores
 from fer.trained import open_run
 
@@ -260,15 +261,24 @@ def test_card(run, published):
     assert str(run.folder.path) not in text + (published / "config.json").read_text()
 
 
+def of_counts(counts, person):
+    label, predicted = (np.repeat(where, counts.ravel()) for where in np.divmod(np.arange(4), 2))
+    answers = Answers(np.arange(100), label, predicted, person, np.ones(100), np.zeros((15, 3)), pd.DataFrame())
+    rows = metric_rows(answers, ["a", "b"], {**scores(counts, ["a", "b"]), "ece": 0, "nll": 1}, 0)
+    return pd.DataFrame(rows).set_index("name")
+
+
 def test_intervals():
     counts = np.array([[40, 10], [20, 30]])
-    table = pd.DataFrame(metric_rows(counts, ["a", "b"], {**scores(counts, ["a", "b"]), "ece": 0, "nll": 1}, 0))
+    table = of_counts(counts, np.arange(100))
     p, n, z = 0.7, 100, 1.959964
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    row = table.set_index("name").loc["accuracy"]
+    row = table.loc["accuracy"]
     assert row["value"] == "70.00 %"
     assert row["interval"] == f"{100 * (centre - half):.2f} to {100 * (centre + half):.2f} %"
+    # Ten people, all of whose ten images are right or wrong: 100 / 11 images' worth.
+    assert of_counts(counts, np.arange(100) // 10).loc["accuracy", "interval"] == "38.39 to 89.73 %"
     # Images drawn one by one, the plain way.
     images = np.repeat(np.arange(4), counts.ravel())
     generator = np.random.default_rng(5)
@@ -327,7 +337,7 @@ def test_weights_of_another_network(published, tmp_path):
 def test_cost():
     label = np.array([0, 0, 1, 1])
     before, after = np.eye(2)[[0, 0, 1, 0]], np.eye(2)[[0, 1, 1, 0]]
-    found = cost(before, after, label, ["a", "b"], seed=0)
+    found = cost(before, after, label, np.arange(4), ["a", "b"], seed=0)
     assert (found["before"]["acc"], found["after"]["acc"], found["difference"]) == (0.75, 0.5, -0.25)
     assert found["same"] == 0.75
     assert found["p"] == 1.0

@@ -516,6 +516,29 @@ def test_a_second_reading_is_compared_image_by_image(tmp_path: Path) -> None:
     assert {one.stamps for one in (mcnemar, images, classes)} == {(f"b alone: {AGAIN}",)}
 
 
+def test_images_of_one_person_do_not_count_as_many(tmp_path: Path) -> None:
+    """Each of 120 people five times, and right five times or never: what 120 images would tell."""
+    rng = np.random.default_rng(3)
+    right = {name: (rng.random(120) < accuracy) for name, accuracy in (("a", 0.8), ("b", 0.6))}
+    for known in (5, None):
+        for name, people in right.items():
+            folder = tmp_path / str(known) / name
+            write_run(folder, images=600, right=people.repeat(5), images_per_person=known)
+    known, unknown = (make_groups(read_runs([tmp_path / name])) for name in ("5", "None"))
+    mcnemar, images, _ = compare(known, [str(tmp_path / "5" / name) for name in right], 4000, 0)
+    only = [int((right[a] & ~right[b]).sum()) for a, b in (("a", "b"), ("b", "a"))]
+    assert mcnemar.outcome.p == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
+    assert mcnemar.n.startswith(f"600 images of 120 people, {5 * only[0]} right by a alone")
+    assert images.n == "600 images of 120 people"
+    taken_apart = compare(unknown, [str(tmp_path / "None" / name) for name in right], 4000, 0)
+    assert taken_apart[0].n.startswith("600 images, ")
+    assert taken_apart[0].outcome.p < mcnemar.outcome.p / 100
+    widths = [one.outcome.high - one.outcome.low for one in (images, taken_apart[1])]
+    assert widths[0] / widths[1] == pytest.approx(np.sqrt(5), rel=0.1)
+    assert known[0].effective_images == pytest.approx(120, rel=0.02)
+    assert unknown[0].effective_images == 600
+
+
 def test_stamps_that_are_asked_about_may_stand_on_one_side(tmp_path: Path) -> None:
     for seed in range(2):
         write_run(tmp_path / f"plain-{seed}", seed=seed)

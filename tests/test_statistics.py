@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fer.metrics import effective_images
 from fer.reporting.statistics import (
     corrected_t,
     holm,
@@ -131,7 +132,7 @@ def test_wilcoxon_of_darwins_maize() -> None:
     # Darwin's fifteen pairs of maize plants, Fisher, The Design of Experiments (1935), section 17; scipy's manual gives
     # p = 0.041259765625 for them.
     pairs = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
-    assert wilcoxon(pairs).p == 0.041259765625
+    assert wilcoxon(pairs).p == pytest.approx(0.041259765625, rel=1e-12)
 
 
 def test_wilcoxon_of_demsar() -> None:
@@ -191,6 +192,26 @@ def by_class_bootstrap(rng: np.random.Generator, gain: float) -> float:
     return paired_bootstrap(a, b, label, 199, int(rng.integers(1 << 30))).p
 
 
+PEOPLE = np.arange(110).repeat(3)  # three frames of each, nearly the same picture
+
+
+def frames(rng: np.random.Generator, gain: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three frames of each of 110 people; on one in thirty a network's answer is another than on most."""
+    label, *right = images(rng, 110, gain)
+    other = [rng.random(len(PEOPLE)) < 1 / 30 for _ in right]
+    return label[PEOPLE], *(one[PEOPLE] ^ moved for one, moved in zip(right, other, strict=True))
+
+
+def by_mcnemar_of_people(rng: np.random.Generator, gain: float) -> float:
+    _, a, b = frames(rng, gain)
+    return mcnemar(a, b, PEOPLE).p
+
+
+def by_class_bootstrap_of_people(rng: np.random.Generator, gain: float) -> float:
+    label, a, b = frames(rng, gain)
+    return paired_bootstrap(a, b, label, 199, int(rng.integers(1 << 30)), person=PEOPLE).p
+
+
 def by_corrected_t(rng: np.random.Generator, gain: float) -> float:
     """Two nearest-mean classifiers in 10-fold cross-validation, each with a feature of its own."""
     label = np.arange(200) % 2
@@ -234,6 +255,8 @@ def by_folds(rng: np.random.Generator, gain: float) -> float:
         (by_mcnemar, 0.08, 0.6),
         (by_bootstrap, 0.08, 0.6),
         (by_class_bootstrap, 0.08, 0.3),
+        (by_mcnemar_of_people, 0.16, 0.6),
+        (by_class_bootstrap_of_people, 0.16, 0.3),
         (by_corrected_t, 0.08, 0.15),
         (by_wilcoxon, 0.03, 0.6),
         (by_holm, 0.03, 0.6),
@@ -255,3 +278,58 @@ def test_equal_models_are_not_told_apart_too_often(
         print(f"\n{test.__name__}: {100 * false_alarms / SIMULATIONS:.2f} % false alarms, power {found:.2f} at {gain}")
     assert false_alarms <= MOST
     assert found > power
+
+
+def test_people_whose_images_are_taken_for_others_make_false_alarms() -> None:
+    """What the tests of people are for: on the same frames McNemar's own finds a difference twice as often and more."""
+    rng = np.random.default_rng(2006)
+    found = [frames(rng, 0.0) for _ in range(400)]
+    plain, ours = (np.mean([mcnemar(a, b, who).p <= LEVEL for _, a, b in found]) for who in (None, PEOPLE))
+    assert plain > 0.1 > ours
+
+
+def test_an_image_a_person_is_mcnemars_test_and_the_bootstrap_over_images() -> None:
+    rng = np.random.default_rng(5)
+    label, a, b = images(rng, 300, 0.05)
+    for right in (a, b), (b, a), (a, a):
+        only = [int((right[i] & ~right[1 - i]).sum()) for i in (0, 1)]
+        expected = stats.binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
+        assert mcnemar(*right).p == pytest.approx(expected)
+        assert mcnemar(*right, rng.permutation(300)).p == pytest.approx(expected)
+    assert paired_bootstrap(a, b, label, 99, 0, person=rng.permutation(300)) == paired_bootstrap(a, b, label, 99, 0)
+
+
+def test_a_persons_images_fall_to_one_side_together() -> None:
+    """Three people: a wins 2 of one's images and 1 of another's, b 1 of the third's. Of the 8 ways of giving each
+    person's balance to either side, 4 have a at +2 or above or at -2 or below."""
+    a = np.array([1, 1, 1, 0, 1], dtype=bool)
+    b = np.array([0, 0, 0, 1, 1], dtype=bool)
+    person = np.array(["x", "x", "y", "z", "z"])
+    balances = np.array(list(itertools.product((-2, 2), (-1, 1), (-1, 1)))).sum(1)
+    expected = 2 * min(np.mean(balances >= 2), np.mean(balances <= 2))
+    found = mcnemar(a, b, person)
+    assert found.p == pytest.approx(expected)
+    assert found.difference == pytest.approx(2 / 5)
+
+
+def test_copies_of_images_are_worth_one_image() -> None:
+    """Each image three times: as many independent ones as there are different ones, whatever the accuracy."""
+    rng = np.random.default_rng(1)
+    right, person = rng.random(900) < 0.8, np.arange(900)
+    assert effective_images(right, person) == 900
+    assert effective_images(right.repeat(3), person.repeat(3)) == pytest.approx(900, rel=0.01)
+    assert effective_images(right, rng.permutation(900) // 3) == pytest.approx(900, rel=0.1)  # people do not matter
+    assert effective_images(np.ones(900), person // 3) == 300
+    assert effective_images(right, 0 * person) == 1
+
+
+def test_the_effective_number_of_images_tells_how_accuracy_scatters() -> None:
+    """Accuracy of 60 people of 1 to 12 images each, drawn anew 2,000 times, beside p (1 - p) / effective number."""
+    rng = np.random.default_rng(9)
+    drawn, guessed = [], []
+    for _ in range(2000):
+        person = np.arange(60).repeat(rng.integers(1, 13, 60))
+        right = rng.random(len(person)) < rng.beta(4, 1, 60)[person]
+        drawn.append(right.mean())
+        guessed.append(right.mean() * (1 - right.mean()) / effective_images(right, person))
+    assert np.mean(guessed) == pytest.approx(np.var(drawn), rel=0.1)

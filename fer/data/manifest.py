@@ -116,6 +116,11 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.item)
 
+    @property
+    def person(self) -> Array:
+        """(N,) str, who each image shows; where nobody is known someone of its own, by the name of the image."""
+        return self.item if self.subject is None else np.where(self.subject == "", self.item, self.subject)
+
     def select(self, keep: Array) -> "Manifest":
         """The same manifest with only the rows in ``keep`` (indices or a boolean mask), in that order."""
         rows: dict[str, Any] = {k: getattr(self, k)[keep] for k in ("item", "label", "split")}

@@ -26,7 +26,7 @@ from fer.evaluation.subgroups import subgroup_record
 from fer.evaluation.subject import Subject, open_subject
 from fer.evaluation.timing import time_per_image
 from fer.machine import accelerators, machine
-from fer.metrics import calibration_bins
+from fer.metrics import calibration_bins, effective_images
 from fer.reporting.evaluations import calibration_picture, coverage_picture, robustness_picture
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json, write_text
 from fer.trainer import quieten
@@ -66,6 +66,9 @@ def evaluate(config: DictConfig, paths: Sequence[Path], command: str) -> dict[st
         parts: dict[str, Any] = {
             "classes": None if subject.matching is None else subject.matching.record(whole),
             "identical_to_own_images": None if subject.matching is None else subject.identical(),
+            "effective_images": effective_images(
+                answers.predicted == answers.label, subject.data.store.manifest.person[answers.rows]
+            ),
             "coverage": coverage_record(answers.probabilities, answers.label),
             "subgroups": subgroup_record(answers, subject.data.store.manifest.attributes, config.subgroup_values),
             "calibration": _calibration(subject, answers) if config.calibration else None,

@@ -32,7 +32,8 @@ def orders_record(read: Read, datas: Sequence[ExpressionDataModule], tta: str, c
     Returns:
         ``by_class`` and a list ``drawn``, each with ``acc`` and ``mean_acc``; ``changed``, the images whose answer is
         not the same in all orders; and ``difference`` in accuracy, by class minus the mean of the drawn orders, with
-        ``low`` and ``high``, its 95 % interval by a bootstrap over images.
+        ``low`` and ``high``, its 95 % interval by a bootstrap over people, or images where
+        those are not known.
     """
     label, test = datas[0].label, datas[0].split.test
     by_class = test[np.argsort(label[test], kind="stable")]
@@ -42,7 +43,8 @@ def orders_record(read: Read, datas: Sequence[ExpressionDataModule], tta: str, c
     first, *others = found
     right = [answers.predicted == answers.label for answers in found]
     alike = np.all([answers.predicted == first.predicted for answers in others], axis=0)
-    worth = paired_bootstrap(right[0], np.mean(right[1:], axis=0), np.zeros(len(first.label)), RESAMPLES, seed)
+    nothing, person = np.zeros(len(first.label)), datas[0].store.manifest.person[first.rows]
+    worth = paired_bootstrap(right[0], np.mean(right[1:], axis=0), nothing, RESAMPLES, seed, person=person)
     return {
         "n": len(first.label),
         "batch": datas[0].eval_batch_size,

@@ -25,18 +25,30 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f} %"
 
 
+def _people(effective: float, n: int) -> str:
+    """What to say of an interval where the n images tell as much as fewer would."""
+    if effective > 0.995 * n:
+        return ""
+    return f" for {effective:,.0f} images: those of one person are right or wrong together"
+
+
 def page(results: dict[str, Any]) -> str:
     """Everything in ``results.json`` that a person wants to read."""
     found, test, n = results["evaluation"], results["metrics"]["test"], results["n"]["test"]
     lines = [f"# {inert(results['model'])} on {inert(results['data'])}", ""]
     lines += [f"- {inert(line)}" for line in notes(results)] + [""]
-    half = 100 * wilson_half_width(test["acc"], n)
+    half = 100 * wilson_half_width(test["acc"], found["effective_images"])
     lines += _rows(
         [f"test part, n = {n:,}", "%"],
         [(text, f"{100 * test[key]:.2f}" + (f" ± {half:.2f}" if key == "acc" else "")) for key, text in SCORES.items()]
         + [(name, f"{100 * test[f'acc_{name}']:.2f}") for name in results["classes"] if f"acc_{name}" in test],
     )
-    lines += ["± is half of Wilson's 95 % interval.", "", "![confusion](confusion_test.png)", ""]
+    lines += [
+        f"± is half of Wilson's 95 % interval{_people(found['effective_images'], n)}.",
+        "",
+        "![confusion](confusion_test.png)",
+        "",
+    ]
     lines += ["## Calibration", "", *_calibration(found["calibration"], test), "![reliability](reliability.png)", ""]
     lines += ["## Accuracy by coverage", "", *_coverage(found["coverage"]), "![coverage](coverage.png)", ""]
     if found["robustness"] is not None:
@@ -184,7 +196,7 @@ def print_summary(results: dict[str, Any]) -> None:
     after = (found["calibration"] or {}).get("test", {}).get("after", {})
     if after:
         table.add_column(f"at temperature {found['calibration']['temperature']:.3f}", justify="right")
-    half = wilson_half_width(test["acc"], n)
+    half = wilson_half_width(test["acc"], found["effective_images"])
     for key, text in (SCORES | SURE).items():
         mark = f" ± {half:.4f}" if key == "acc" else ""
         table.add_row(text, f"{test[key]:.4f}{mark}", *([f"{after[key]:.4f}"] if key in after else []))

@@ -3,14 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from scipy.stats import binomtest
 
 from fer.errors import UserError
-from fer.metrics import Array, confusion_counts
-from fer.reporting.statistics import RESAMPLES, bootstrap_scores
+from fer.metrics import confusion_counts
+from fer.reporting.collect import Answers, read_answers
+from fer.reporting.statistics import RESAMPLES, bootstrap_scores, wilson
 from fer.reporting.tables import inert
 from fer.trained import TrainedRun
 
@@ -36,8 +34,8 @@ def model_card(run: TrainedRun, preprocessing: dict[str, Any], temperature: floa
         UserError: the predictions are missing or of other images than the results.
     """
     results, facts = run.results, run.results["data_facts"]
-    counts = tested(run)
-    metrics = metric_rows(counts, results["classes"], results["metrics"]["test"], results["seed"])
+    answers = tested(run)
+    metrics = metric_rows(answers, results["classes"], results["metrics"]["test"], results["seed"])
     title = f"{results['model']} for facial expressions, {facts['data']}"
     worst = min(
         (row for row in metrics if row["name"].startswith("accuracy of ")),
@@ -94,28 +92,30 @@ def model_card(run: TrainedRun, preprocessing: dict[str, Any], temperature: floa
     return card
 
 
-def tested(run: TrainedRun) -> Array:
-    """(K, K) confusion counts of ``predictions.csv``.
+def tested(run: TrainedRun) -> Answers:
+    """What ``predictions.csv`` says.
 
     Raises:
         UserError: it is missing, or not of the results beside it.
     """
-    path, classes = run.folder.predictions, run.results["classes"]
+    path = run.folder.predictions
     try:
-        table = pd.read_csv(path, usecols=["label", "predicted"], dtype=str, keep_default_na=False)
+        answers = read_answers(path, run.results["classes"])
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): the card needs the test's predictions") from None
-    label, predicted = (pd.Categorical(table[name], categories=classes).codes for name in ("label", "predicted"))
-    if len(table) != run.results["n"]["test"] or (label < 0).any() or (predicted < 0).any():
+    if len(answers.label) != run.results["n"]["test"]:
         raise UserError(f"{path} is not of the test in {run.folder.results}: take a whole run folder")
-    return confusion_counts(label.astype(np.int64), predicted.astype(np.int64), len(classes))
+    return answers
 
 
-def metric_rows(counts: Array, classes: list[str], scores: dict[str, float], seed: int) -> list[dict[str, str]]:
+def metric_rows(answers: Answers, classes: list[str], scores: dict[str, float], seed: int) -> list[dict[str, str]]:
     """Name, value, 95 % interval and n of each metric.
 
+    The intervals of whole-test metrics count images of one person for what they are worth; those of single classes, for
+    which people are too few to tell, count images.
+
     Args:
-        counts: (K, K) confusion counts of the test part.
+        answers: to the test part.
         classes: K names.
         scores: the test's metrics.
         seed: of the bootstrap.
@@ -124,11 +124,11 @@ def metric_rows(counts: Array, classes: list[str], scores: dict[str, float], see
     def percent(low: float, high: float) -> str:
         return f"{100 * low:.2f} to {100 * high:.2f} %"
 
-    n = int(counts.sum())
-    whole = binomtest(int(counts.diagonal().sum()), n).proportion_ci(method="wilson")
-    mean_acc, macro_f1 = bootstrap_scores(counts, seed)
+    counts = confusion_counts(answers.label, answers.predicted, len(classes))
+    n, effective = len(answers.label), answers.effective_images
+    mean_acc, macro_f1 = bootstrap_scores(counts, seed, effective)
     rows = [
-        ("accuracy", f"{100 * scores['acc']:.2f} %", percent(whole.low, whole.high), n),
+        ("accuracy", f"{100 * scores['acc']:.2f} %", percent(*wilson(scores["acc"], effective)), n),
         ("mean class accuracy", f"{100 * scores['mean_acc']:.2f} %", percent(*mean_acc), n),
         ("macro F1", f"{100 * scores['macro_f1']:.2f} %", percent(*macro_f1), n),
         ("expected calibration error", f"{100 * scores['ece']:.2f} %", "", n),
@@ -136,8 +136,7 @@ def metric_rows(counts: Array, classes: list[str], scores: dict[str, float], see
     ]
     for name, right, support in zip(classes, counts.diagonal(), counts.sum(1), strict=True):
         if support:
-            ci = binomtest(int(right), int(support)).proportion_ci(method="wilson")
-            rows.append(
-                (f"accuracy of {inert(name)}", f"{100 * right / support:.2f} %", percent(ci.low, ci.high), int(support))
-            )
+            share = right / support
+            ci = percent(*wilson(share, support))
+            rows.append((f"accuracy of {inert(name)}", f"{100 * share:.2f} %", ci, int(support)))
     return [{"name": name, "value": value, "interval": ci, "n": f"{m:,}"} for name, value, ci, m in rows]

@@ -198,7 +198,14 @@ def _quantised(
         "bytes": target.stat().st_size,
         "method": method,
         "calibration": {"part": part, "crops": len(shown)} if method == "static" else None,
-        "test": cost(before, after, data.label[rows], run.module.class_names, options.seed),
+        "test": cost(
+            before,
+            after,
+            data.label[rows],
+            data.store.manifest.person[rows],
+            run.module.class_names,
+            options.seed,
+        ),
         "milliseconds": {"batch": 1, "threads": 1, "repeats": options.repeats, **times},
     }
 

@@ -94,19 +94,20 @@ def quantise(path: Path, target: Path, image: Array) -> Method:
     return method
 
 
-def cost(before: Array, after: Array, label: Array, class_names: list[str], seed: int) -> dict[str, Any]:
+def cost(before: Array, after: Array, label: Array, person: Array, class_names: list[str], seed: int) -> dict[str, Any]:
     """What other answers to the same n images cost.
 
     Args:
         before: (n, K) answers.
         after: (n, K) the other ones.
         label: (n,) classes.
+        person: (n,) who each image shows.
         class_names: K names.
         seed: of the bootstrap.
 
     Returns:
         ``n``; ``before`` and ``after`` with ``acc`` and ``mean_acc``; ``difference`` of accuracy with its 95 % interval
-        (bootstrap over images), ``p`` of McNemar's exact test, ``same``: the share of images named alike.
+        (bootstrap over people), ``p`` of McNemar's exact test, ``same``: the share of images named alike.
     """
     told = [answers.argmax(1) for answers in (before, after)]
     was, is_now = (predicted == label for predicted in told)
@@ -115,14 +116,14 @@ def cost(before: Array, after: Array, label: Array, class_names: list[str], seed
         {key: scores(confusion_counts(label, predicted, len(class_names)), class_names)[key] for key in kept}
         for predicted in told
     )
-    difference = paired_bootstrap(is_now, was, np.zeros(len(label)), RESAMPLES, seed)
+    difference = paired_bootstrap(is_now, was, np.zeros(len(label)), RESAMPLES, seed, person=person)
     return {
         "n": len(label),
         "before": before_scores,
         "after": after_scores,
         "difference": difference.difference,
         "interval": [difference.low, difference.high],
-        "p": mcnemar(is_now, was).p,
+        "p": mcnemar(is_now, was, person).p,
         "same": float((told[0] == told[1]).mean()),
     }
 

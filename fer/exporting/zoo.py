@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fer.errors import UserError
-from fer.reporting.collect import find_runs
+from fer.reporting.collect import find_runs, read_answers
 from fer.reporting.statistics import wilson_half_width
 from fer.reporting.tables import Row, Table, number, percent, words
 from fer.runs import DROPPED, RunFolder, read_json, write_text
@@ -45,11 +45,12 @@ def write_index(zoo: Path, runs: dict[str, Path]) -> Path:
     rows = []
     for name, path in runs.items():
         results = read_json(RunFolder(path).results)
+        answers = read_answers(RunFolder(path).predictions, results["classes"])
         test, n = results["metrics"]["test"], results["n"]["test"]
         cells = [
             words(name),
             percent(test["acc"]),
-            percent(wilson_half_width(test["acc"], n)),
+            percent(wilson_half_width(test["acc"], answers.effective_images)),
             percent(test["mean_acc"]),
         ]
         cells += [number(n, 0), words(results["tta"]), number(results["seed"], 0), number(results["parameters"], 0)]

@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 from fer.errors import UserError
-from fer.metrics import Array, calibration_bins, confusion_counts
+from fer.metrics import Array, calibration_bins, confusion_counts, effective_images
 from fer.reporting.checks import CONFIG, RESULTS, check
 from fer.runs import RunFolder, read_json
 
@@ -41,6 +41,7 @@ class Answers:
         image: (n,) uint64 hash of each image's item, ascending; the item is what people look an image up by.
         label: (n,) class indices.
         predicted: (n,) class indices.
+        person: (n,) uint64 hash of who each image shows, of the image itself where nobody is known.
         confidence: (n,) float32 probability of the predicted class.
         bins: (BINS, 3) calibration bins, see `fer.metrics.calibration_bins`.
         wrong: the most confidently wrong images: hash, index, item, label, predicted, confidence.
@@ -49,9 +50,21 @@ class Answers:
     image: Array
     label: Array
     predicted: Array
+    person: Array
     confidence: Array
     bins: Array
     wrong: pd.DataFrame
+
+    @property
+    def right(self) -> Array:
+        """(n,) bool, whether each image was named right."""
+        right: Array = self.label == self.predicted
+        return right
+
+    @property
+    def effective_images(self) -> float:
+        """See `fer.metrics.effective_images`."""
+        return effective_images(self.right, self.person)
 
 
 @dataclass(frozen=True)
@@ -286,6 +299,7 @@ def read_answers(path: Path, classes: Sequence[str]) -> Answers:
     order = np.argsort(image)
     if (np.diff(image[order]) == 0).any():
         raise UserError(f"{path} holds an image twice")
+    person = pd.util.hash_array(table["subject"].where(table["subject"] != "", table["item"]).to_numpy(object))
     confidence = probabilities[np.arange(len(table)), predicted].astype(np.float32)
     wrong = np.flatnonzero(predicted != label)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:WRONG_KEPT]
@@ -294,6 +308,7 @@ def read_answers(path: Path, classes: Sequence[str]) -> Answers:
         image=image[order],
         label=label[order],
         predicted=predicted[order],
+        person=person[order],
         confidence=confidence[order],
         bins=calibration_bins(probabilities, label, BINS),
         wrong=worst.assign(image=image[wrong], confidence=confidence[wrong]),

@@ -7,6 +7,7 @@ What each test then answers:
 - McNemar, once per round of runs in which no image is tested twice (so once per seed): do these two trained networks
   differ on these images?
 - paired bootstrap, correctness averaged over seeds: would other test images of the same kind tell them apart?
+  Both take a person's images, or the frames of a video, together where the data set knows its people.
 - corrected resampled t-test over the folds of a cross-validation: would other training parts?
 - Wilcoxon over data sets: is one model better across data sets?
 
@@ -154,12 +155,6 @@ def _answers(run: Run) -> Answers:
     return run.answers
 
 
-def _right(run: Run) -> Array:
-    answers = _answers(run)
-    right: Array = answers.label == answers.predicted
-    return right
-
-
 def _stamps(a: Side, b: Side) -> tuple[str, ...]:
     """The stamps of both sides, with the side that alone carries one named before it.
 
@@ -229,20 +224,25 @@ def _on_one_part(a: Side, b: Side, resamples: int, seed: int) -> list[Verdict]:
 
     out = []
     for members in _rounds(pairs):
-        right = [np.concatenate([_right(pair[side]) for pair in members]) for side in (0, 1)]
+        right = [np.concatenate([_answers(pair[side]).right for pair in members]) for side in (0, 1)]
+        person = np.concatenate([_answers(x).person for x, _ in members])
         only = [int((right[side] & ~right[1 - side]).sum()) for side in (0, 1)]
         seeds = " and ".join(dict.fromkeys(f"seed {run.seed}" for run in members[0]))
-        n = f"{len(right[0]):,} images, {only[0]} right by a alone, {only[1]} by b alone; {seeds}"
-        out.append(verdict("McNemar", "acc", n, mcnemar(*right)))
+        n = f"{_count(person)}, {only[0]} right by a alone, {only[1]} by b alone; {seeds}"
+        out.append(verdict("McNemar", "acc", n, mcnemar(*right, person)))
 
-    images, place_of = np.unique(np.concatenate([_answers(x).image for x, _ in pairs]), return_inverse=True)
+    tested = np.concatenate([_answers(x).image for x, _ in pairs])
+    images, first, place_of = np.unique(tested, return_index=True, return_inverse=True)
+    person = np.concatenate([_answers(x).person for x, _ in pairs])[first]
     times = np.bincount(place_of)
-    mean = [np.bincount(place_of, np.concatenate([_right(pair[side]) for pair in pairs])) / times for side in (0, 1)]
+    right = [np.concatenate([_answers(pair[side]).right for pair in pairs]) for side in (0, 1)]
+    mean = [np.bincount(place_of, one) / times for one in right]
     label = np.zeros(len(images), dtype=np.int64)
     label[place_of] = np.concatenate([_answers(x).label for x, _ in pairs])
-    n = f"{len(images):,} images" + (f", {len(pairs)} pairs of runs" if len(pairs) > 1 else "")
+    n = _count(person) + (f", {len(pairs)} pairs of runs" if len(pairs) > 1 else "")
     for metric, by in (("acc", np.zeros_like(label)), ("mean_acc", label)):
-        out.append(verdict("paired bootstrap", metric, n, paired_bootstrap(mean[0], mean[1], by, resamples, seed)))
+        outcome = paired_bootstrap(mean[0], mean[1], by, resamples, seed, person=person)
+        out.append(verdict("paired bootstrap", metric, n, outcome))
 
     folds = _by_fold(pairs)
     if len(folds) > 1 and len(_rounds([members[0] for members in folds.values()])) == 1:
@@ -255,6 +255,12 @@ def _on_one_part(a: Side, b: Side, resamples: int, seed: int) -> list[Verdict]:
             if not np.isnan(d).any():
                 out.append(verdict("corrected resampled t", metric, f"{len(d)} folds", corrected_t(d, float(ratio))))
     return out
+
+
+def _count(person: Array) -> str:
+    """``981 images of 118 people``; the people only where one has several."""
+    people = len(np.unique(person))
+    return f"{len(person):,} images" + (f" of {people:,} people" if people < len(person) else "")
 
 
 def _by_fold(pairs: Sequence[tuple[Run, Run]]) -> dict[int, list[tuple[Run, Run]]]:

@@ -33,7 +33,7 @@ def results(bench: Bench) -> Table:
         cells = [words(group.label), mean_std(*acc[:2]), interval(*acc[2:]), mean_std(*mean_acc[:2])]
         cells += [interval(*mean_acc[2:]), percent(group.interval("macro_f1")[0]), percent(group.interval("ece")[0], 1)]
         cells += [percent(group.pooled[metric]) if group.disjoint else NONE for metric in METRICS] if pooled else []
-        half = wilson_half_width(group.pooled["acc"], group.images)
+        half = wilson_half_width(group.pooled["acc"], group.effective_images)
         cells += [_runs(group), Cell(f"± {percent(half).text}", half)]
         rows.append(_row(bench, group, cells, _record(bench, group, half)))
     over = f"95 % over {bench.over}"
@@ -42,7 +42,8 @@ def results(bench: Bench) -> Table:
     note = (
         "Mean ± standard deviation and Student's t interval of the mean: over folds, the seeds of each averaged first, "
         "or where there is one split over seeds. Last column: half of Wilson's 95 % interval of the accuracy for this "
-        "number of test images, which no number of runs makes smaller."
+        "number of test images, which no number of runs makes smaller; images of one person count for less where they "
+        "are right or wrong together (Kish's effective sample size)."
     )
     note += f" {ABOUT_POOLED}" if pooled else ""
     return Table(f"{bench.title}: results", [*columns, "runs", "± by images"], rows, note)
@@ -67,6 +68,7 @@ def _record(bench: Bench, group: Group, half: float) -> dict[str, Any]:
     out: dict[str, Any] = {"group": group.id, "model": group.model, "label": group.label, "data": group.data}
     out |= {"protocol": bench.protocol, "bench": bench.title, "set_apart": bench.apart(group)}
     out |= {"runs": len(group.runs), "folds": len(group.folds), "seeds": len(group.seeds), "images": group.images}
+    out["effective_images"] = group.effective_images
     out["over"] = group.over
     for metric in SHOWN:
         names = ("mean", "std", "low", "high")

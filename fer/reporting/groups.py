@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fer.metrics import Array, scores
+from fer.metrics import Array, effective_images, scores
 from fer.reporting.collect import BINS, Run, finished_at, short_checksums
 from fer.reporting.statistics import mean_interval, repeated_over, repetitions
 from fer.runs import RunFolder
@@ -134,6 +134,16 @@ class Group:
     def images(self) -> int:
         """Different images tested."""
         return len(np.unique(np.concatenate([run.answers.image for run in self.runs if run.answers is not None])))
+
+    @cached_property
+    def effective_images(self) -> float:
+        """`fer.metrics.effective_images` of `images`, each right as often as its runs are."""
+        found = [run.answers for run in self.runs if run.answers is not None]
+        image, person, right = (
+            np.concatenate([getattr(one, name) for one in found]) for name in ("image", "person", "right")
+        )
+        _, first, place = np.unique(image, return_index=True, return_inverse=True)
+        return effective_images(np.bincount(place, right) / np.bincount(place), person[first])
 
     @property
     def missing(self) -> list[str]:

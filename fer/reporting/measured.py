@@ -15,7 +15,8 @@ METRICS = ("acc", "mean_acc")
 CHOSEN = {"val": "validation", "test": "the test part"}
 NOTE = (
     "Mean ± standard deviation over runs and Student's t interval of the mean. By images: half of the 95 % interval "
-    "that this number of test images leaves open, Wilson's for accuracy, a bootstrap's for mean class accuracy."
+    "that this number of test images leaves open, Wilson's for accuracy, a bootstrap's for mean class accuracy, both "
+    "wider where images of one person are right or wrong together."
 )
 ABOUT_FOLDS = "Of several folds each is one figure, its seeds averaged first."
 
@@ -40,8 +41,9 @@ def _line(row: Result, views: str, pooled: bool) -> Row:
     acc, mean_acc = (row.interval(views, metric) for metric in METRICS)
     counts = row.confusion(views)
     images, together = round(counts.sum()), scores(counts, row.classes)
-    half = wilson_half_width(together["acc"], images)
-    (low, high), _ = bootstrap_scores(np.rint(counts).astype(np.int64), 0)
+    effective = row.effective_images(views)
+    half = wilson_half_width(together["acc"], effective)
+    (low, high), _ = bootstrap_scores(np.rint(counts).astype(np.int64), 0, effective)
     chosen = [one.val_acc for one in row.repeats]
     minutes = [one.core_minutes for one in row.repeats]
     cells = [words(row.setting), words(views), mean_std(*acc[:2]), interval(*acc[2:]), _half(half)]

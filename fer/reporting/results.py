@@ -22,7 +22,7 @@ import yaml
 from fer.config import CONF
 from fer.errors import UserError
 from fer.metrics import Array, scores
-from fer.reporting.collect import LOADER, finished_runs, settings_of
+from fer.reporting.collect import LOADER, finished_runs, read_answers, settings_of
 from fer.reporting.settings import setting_of
 from fer.reporting.statistics import mean_interval, repeated_over, repetitions
 from fer.runs import AGAIN, RunFolder, read_json, write_json
@@ -46,6 +46,7 @@ class Repeat:
         epochs: how many were trained.
         val_acc, val_mean_acc: scores of the chosen epoch where it was chosen.
         tests: by views, the test's confusion matrix, a row of counts per label.
+        effective_images: by views, `fer.metrics.effective_images` of the test.
     """
 
     seed: int
@@ -58,6 +59,7 @@ class Repeat:
     val_acc: float
     val_mean_acc: float
     tests: dict[str, list[str]]
+    effective_images: dict[str, float]
 
     def confusion(self, views: str) -> Array:
         """(K, K) counts, rows are labels."""
@@ -130,6 +132,13 @@ class Result:
         ]
         total: Array = np.mean(counts, axis=0) if self.rotating else np.sum(counts, axis=0)
         return total
+
+    def effective_images(self, views: str) -> float:
+        """`fer.metrics.effective_images` of what `confusion` counts, people standing in one fold only."""
+        found = [
+            np.mean([one.effective_images[views] for one in self.repeats if one.fold == fold]) for fold in self.folds
+        ]
+        return float(np.mean(found) if self.rotating else np.sum(found))
 
     def values(self, views: str, metric: str) -> dict[tuple[int | None, int | None], float]:
         """``acc`` or ``mean_acc`` of the test of every repeat, by seed and fold."""
@@ -219,10 +228,10 @@ def record(runs: Sequence[Path], before: Iterable[Result]) -> list[Result]:
     for key, found in trained.items():
         rows[key] = _joined(rows.get(key), found)
     seen = len(trained)
-    for _, results in read:
+    for folder, results in read:
         networks = results.get("evaluation", {}).get("networks", [])
         if len(networks) == 1 and any(stamp.startswith(AGAIN) for stamp in results["stamps"]):
-            seen += _add_test(rows, networks[0], results)
+            seen += _add_test(rows, networks[0], folder, results)
     if not seen:
         raise UserError(f"{_named(runs)} holds no finished training, nor an evaluation of one that is in {RECORDS}")
     return list(rows.values())
@@ -251,6 +260,7 @@ def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
         val_acc=val["acc"],
         val_mean_acc=val["mean_acc"],
         tests={results["tta"]: _rows_of(results)},
+        effective_images={results["tta"]: _effective_images(folder, results)},
     )
     return Result(
         setting=setting_of(results["command"], results["weights"]),
@@ -270,6 +280,10 @@ def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
 
 def _rows_of(results: dict[str, Any]) -> list[str]:
     return [" ".join(map(str, row)) for row in results["confusion"]["test"]]
+
+
+def _effective_images(folder: RunFolder, results: dict[str, Any]) -> float:
+    return round(read_answers(folder.predictions, results["classes"]).effective_images, 1)
 
 
 def hardware_of(results: dict[str, Any]) -> str:
@@ -304,18 +318,25 @@ def _merged(old: Result, new: Result) -> Result:
     """The older repeats with the new one, which keeps the tests of the same training by other views."""
     (repeat,) = new.repeats
     kept = [one for one in old.repeats if (one.seed, one.fold) != (repeat.seed, repeat.fold)]
-    same = [one.tests for one in old.repeats if one.job_key == repeat.job_key]
-    repeat = replace(repeat, tests={**(same[0] if same else {}), **repeat.tests})
+    same = next((one for one in old.repeats if one.job_key == repeat.job_key), repeat)
+    tests, effective = same.tests | repeat.tests, same.effective_images | repeat.effective_images
+    repeat = replace(repeat, tests=tests, effective_images=effective)
     return replace(new, repeats=sorted([*kept, repeat], key=lambda one: (one.seed, one.fold or 0)))
 
 
-def _add_test(rows: dict[tuple[str, str], Result], network: dict[str, Any], results: dict[str, Any]) -> bool:
+def _add_test(
+    rows: dict[tuple[str, str], Result], network: dict[str, Any], folder: RunFolder, results: dict[str, Any]
+) -> bool:
     """Add an evaluation's test to its training; whether there is that training."""
     for key, row in rows.items():
         for place, one in enumerate(row.repeats):
             if one.job_key == network["job_key"]:
                 repeats = list(row.repeats)
-                repeats[place] = replace(one, tests={**one.tests, results["tta"]: _rows_of(results)})
+                repeats[place] = replace(
+                    one,
+                    tests=one.tests | {results["tta"]: _rows_of(results)},
+                    effective_images=one.effective_images | {results["tta"]: _effective_images(folder, results)},
+                )
                 rows[key] = replace(row, repeats=repeats)
                 return True
     return False

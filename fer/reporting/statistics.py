@@ -78,15 +78,25 @@ def repeated_over(values: Iterable[tuple[int | None, int | None]]) -> str:
     return "folds" if len({fold for _, fold in values}) > 1 else "seeds"
 
 
-def wilson_half_width(share: float, n: int) -> float:
-    """Half the width of Wilson's 95 % interval of a share of n images: the sampling error of a test part.
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of n images: the sampling error of a test part; NaN without images.
+
+    n is `fer.metrics.effective_images` where several images are of one person.
 
     Source: Wilson, JASA 22 (1927), 209-212.
     """
     if not n:
-        return math.nan
+        return math.nan, math.nan
     z = float(stats.norm.isf((1 - CONFIDENCE) / 2))
-    return z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = ((share + z * z / (2 * n) + side) / (1 + z * z / n) for side in (-half, half))
+    return low, high
+
+
+def wilson_half_width(share: float, n: float) -> float:
+    """Half the width of `wilson`'s interval."""
+    low, high = wilson(share, n)
+    return (high - low) / 2
 
 
 def newcombe(right_a: int, n_a: int, right_b: int, n_b: int) -> tuple[float, float]:
@@ -109,7 +119,9 @@ def newcombe(right_a: int, n_a: int, right_b: int, n_b: int) -> tuple[float, flo
     return a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)
 
 
-def bootstrap_scores(counts: Array, seed: int) -> tuple[tuple[float, float], tuple[float, float]]:
+def bootstrap_scores(
+    counts: Array, seed: int, images: float | None = None
+) -> tuple[tuple[float, float], tuple[float, float]]:
     """95 % percentile intervals of mean class accuracy and macro F1 over images drawn with replacement.
 
     Both depend on the confusion counts alone, and drawing images is drawing their cells.
@@ -117,9 +129,11 @@ def bootstrap_scores(counts: Array, seed: int) -> tuple[tuple[float, float], tup
     Args:
         counts: (K, K), rows are labels.
         seed: of the drawing.
+        images: how many are drawn, `fer.metrics.effective_images` where several are of one person; None: all.
     """
     k, total = len(counts), counts.sum()
-    drawn = np.random.default_rng(seed).multinomial(total, (counts / total).ravel(), size=RESAMPLES).reshape(-1, k, k)
+    n = total if images is None else round(images)
+    drawn = np.random.default_rng(seed).multinomial(n, (counts / total).ravel(), size=RESAMPLES).reshape(-1, k, k)
     hits = drawn.diagonal(axis1=1, axis2=2)
     support, predicted = drawn.sum(2), drawn.sum(1)
     with np.errstate(invalid="ignore"):
@@ -130,30 +144,63 @@ def bootstrap_scores(counts: Array, seed: int) -> tuple[tuple[float, float], tup
     return (low, high), (f1_low, f1_high)
 
 
-def mcnemar(right_a: Array, right_b: Array) -> Comparison:
-    """McNemar's test on the same images, by the exact binomial distribution whatever their number.
+def _sums(weights: Array) -> Array:
+    """(sum + 1,) chance of every sum of whole numbers of which each counts with probability one half."""
+    chance = np.ones(1)
+    for weight, times in zip(*np.unique(weights, return_counts=True), strict=True):
+        alike = np.zeros(weight * times + 1)
+        alike[::weight] = stats.binom.pmf(np.arange(times + 1), times, 0.5) if times > 1 else 0.5
+        chance = np.convolve(chance, alike)
+    return chance
+
+
+def _people(person: Array | None, n: int) -> tuple[int, Array]:
+    """How many there are, and (n,) their numbers; None: each image is of another one."""
+    if person is None:
+        return n, np.arange(n)
+    names, place = np.unique(person, return_inverse=True)
+    return len(names), place
+
+
+def mcnemar(right_a: Array, right_b: Array, person: Array | None = None) -> Comparison:
+    """McNemar's test on the same images, exact whatever their number; the balance of each person counts as one.
+
+    Were the two alike, what a person's images say for a they would as likely say for b. With one image a person that
+    is McNemar's test by the binomial distribution. With several, whose answers hang together, McNemar's own takes them
+    for independent and rejects too often (measured in tests/test_statistics.py).
 
     Args:
         right_a: (n,) bool, whether a classified each image correctly.
         right_b: (n,) bool, the same for b.
+        person: (n,) who each image shows; None: someone else each time.
 
-    Source: McNemar, Psychometrika 12 (1947), 153-157.
+    Source: McNemar, Psychometrika 12 (1947), 153-157; the randomisation test of paired differences, here of people's
+    sums: Fisher, The Design of Experiments (1935), section 21.
     """
     a, b = np.asarray(right_a, dtype=bool), np.asarray(right_b, dtype=bool)
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return Comparison((only_a - only_b) / len(a), math.nan, math.nan, p)
+    count, place = _people(person, len(a))
+    balance = np.rint(np.bincount(place, a.astype(float) - b.astype(float), minlength=count)).astype(np.int64)
+    chance, for_a = _sums(np.abs(balance[balance != 0])), int(balance[balance > 0].sum())
+    tail = min(chance[: for_a + 1].sum(), chance[for_a:].sum())
+    return Comparison(float(balance.sum() / len(a)), math.nan, math.nan, min(1.0, 2 * float(tail)))
 
 
 def paired_bootstrap(
-    right_a: Array, right_b: Array, label: Array, resamples: int, seed: int, prior: float = PRIOR
+    right_a: Array,
+    right_b: Array,
+    label: Array,
+    resamples: int,
+    seed: int,
+    prior: float = PRIOR,
+    person: Array | None = None,
 ) -> Comparison:
-    """Bootstrap over images of the difference in mean class accuracy; with one label for all, in accuracy.
+    """Bootstrap over people of the difference in mean class accuracy; with one label for all, in accuracy.
 
-    Images are drawn with replacement, both models always on the same ones, so a class may come rarer or more often;
-    one that does not come is left out of the mean, as in `fer.metrics.scores`. Where few images of a class were seen,
-    and the models agree on all of them, the plain bootstrap takes their difference there for certain and rejects too
-    often; ``prior`` images either way in each class mend that (measured in tests/test_statistics.py).
+    People are drawn with replacement and bring all their images, both models always the same ones, so a class may come
+    rarer or more often; one that does not come is left out of the mean, as in `fer.metrics.scores`. Where few images of
+    a class were seen, and the models agree on all of them, the plain bootstrap takes their difference there for certain
+    and rejects too often; ``prior`` images either way in each class, each of a person of its own, mend that (measured
+    in tests/test_statistics.py).
 
     Args:
         right_a: (n,) whether a is right on each image, 0 or 1, or the mean of that over its seeds.
@@ -162,6 +209,7 @@ def paired_bootstrap(
         resamples: bootstrap samples.
         seed: seed of the drawing.
         prior: images added to each class in which only a is right, and the same for b.
+        person: (n,) who each image shows; None: someone else each time, so that images are drawn.
 
     Returns:
         The difference with its percentile interval; p is twice the smaller share of samples on one side of zero.
@@ -170,16 +218,21 @@ def paired_bootstrap(
     """
     d = np.asarray(right_a, dtype=np.float64) - np.asarray(right_b, dtype=np.float64)
     names, place = np.unique(label, return_inverse=True)
-    # Images of one class and one difference are alike, so drawing how many of each kind come is drawing the images.
-    kinds, count = np.unique(np.stack([place, np.round(d, 9)], axis=1), axis=0, return_counts=True)
-    added = np.array([(k, sign) for k in range(len(names)) for sign in (-1.0, 1.0)])
-    weight = np.concatenate([count, np.full(len(added), prior)])
-    kind, gain = np.concatenate([kinds, added]).T
-    member = (kind[:, None] == np.arange(len(names))).astype(np.float64)
-    drawn = np.random.default_rng(seed).multinomial(len(d), weight / weight.sum(), size=resamples)
-    support, gained = drawn @ member, drawn @ (member * gain[:, None])
-    per_class = np.divide(gained, support, out=np.zeros_like(gained), where=support > 0)
-    sampled = np.round(per_class.sum(1) / (support > 0).sum(1), 12)  # a tie is zero, whatever the order of the sum
+    (people, who), classes = _people(person, len(d)), len(names)
+    support, gain = (
+        np.bincount(who * classes + place, weight, minlength=people * classes).reshape(people, classes)
+        for weight in (np.ones(len(d)), d)
+    )
+    # People whose images have the same classes and differences are alike: how many of each kind come is drawn.
+    kinds, count = np.unique(np.hstack([-support, np.round(gain, 9)]), axis=0, return_counts=True)
+    one = np.eye(classes).repeat(2, axis=0)
+    support = np.vstack([-kinds[:, :classes], one])
+    gain = np.vstack([kinds[:, classes:], one * np.tile([-1.0, 1.0], classes)[:, None]])
+    weight = np.concatenate([count, np.full(len(one), prior)])
+    drawn = np.random.default_rng(seed).multinomial(people, weight / weight.sum(), size=resamples)
+    came, gained = drawn @ support, drawn @ gain
+    per_class = np.divide(gained, came, out=np.zeros_like(gained), where=came > 0)
+    sampled = np.round(per_class.sum(1) / (came > 0).sum(1), 12)  # a tie is zero, whatever the order of the sum
     low, high = np.quantile(sampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     tail = min((sampled <= 0).sum(), (sampled >= 0).sum())
     seen = float(np.mean(np.bincount(place, d) / np.bincount(place)))
@@ -218,12 +271,7 @@ def wilcoxon(differences: Sequence[float]) -> Comparison:
     d = np.round(d, 12)  # differences that are equal but for rounding are ties
     # Ties make ranks of halves; twice a rank is whole. Zeros are shared out, so they do not move the balance.
     ranks = np.round(2 * stats.rankdata(np.abs(d))).astype(int)
-    for_a, at_stake = int(ranks[d > 0].sum()), ranks[d != 0]
-    chance = np.ones(1)  # of every sum of ranks, each rank falling to either side with probability one half
-    for rank in at_stake:
-        falls = np.zeros(rank + 1)
-        falls[[0, -1]] = 0.5
-        chance = np.convolve(chance, falls)
+    for_a, chance = int(ranks[d > 0].sum()), _sums(ranks[d != 0])  # each rank falls to either side
     tail = min(chance[: for_a + 1].sum(), chance[for_a:].sum())
     return Comparison(float(np.median(d)), math.nan, math.nan, min(1.0, 2 * float(tail)))
 
