@@ -17,7 +17,7 @@ from torch import Tensor
 from fer.data.base import ExpressionDataModule
 from fer.data.manifest import Manifest
 from fer.loggers import Wandb
-from fer.metrics import Array
+from fer.metrics import Array, sequence_counts, sequence_scores
 from fer.models.averaging import WeightAverage
 from fer.models.base import ExpressionModule
 from fer.reporting.figures import confusion_figure
@@ -303,6 +303,7 @@ class Predictions(Callback):
         label: (n,) true classes; known after the test.
         probabilities: (n, K) float32.
         rows: (n,) rows of the manifest, ascending.
+        sequences: (K, K) confusion counts of the videos the images are frames of, None where there are none.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -311,6 +312,7 @@ class Predictions(Callback):
         self.label: Array = np.empty(0)
         self.probabilities: Array = np.empty(0)
         self.rows: Array = np.empty(0)
+        self.sequences: Array | None = None
 
     def on_test_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
         """Keep one batch."""
@@ -332,7 +334,10 @@ class Predictions(Callback):
         self.rows, self.label, self.probabilities = rows[order], label[order], probabilities[order]
         if not np.array_equal(self.rows, np.sort(data.split.test)):
             raise RuntimeError(f"the test saw {len(rows)} images, the test part has {len(data.split.test)}")
-        save_predictions(self.folder, data.store.manifest, data.class_names, self.rows, self.label, self.probabilities)
+        manifest = data.store.manifest
+        if manifest.sequence is not None:
+            self.sequences = sequence_counts(manifest.sequence[self.rows], self.label, self.probabilities)
+        save_predictions(self.folder, manifest, data.class_names, self.rows, self.label, self.probabilities)
         counts = module.tally("test").confusion_matrix()
         accuracy = 100 * counts.trace() / max(counts.sum(), 1)
         title = f"test: accuracy {accuracy:.2f} %, n = {counts.sum()}"
@@ -366,6 +371,9 @@ class WandbPictures(Callback):
                 class_names=data.class_names,
                 title=f"{part} confusion matrix",
             )
+        if self.predictions.sequences is not None:
+            found = sequence_scores(self.predictions.sequences, data.class_names)
+            content |= {f"test/{name}": value for name, value in found.items()}
         content["test/most_confidently_wrong"] = self._wrong(data, wandb)
         best = {"best_epoch": self.recorder.best_epoch, f"best/{module.monitor}": self.recorder.best}
         logger.attempt(lambda run: run.log(content))

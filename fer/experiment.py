@@ -27,6 +27,7 @@ from fer.detections import Detections, RegionPicture
 from fer.errors import UserError
 from fer.loggers import Wandb
 from fer.machine import accelerators, machine
+from fer.metrics import sequence_scores
 from fer.models.averaging import WeightAverage
 from fer.models.base import ExpressionModule
 from fer.models.detection import FaceDetector
@@ -148,6 +149,7 @@ def _train_and_test(
     callbacks = watchers(config, folder, module, stop)
     recorder = next(c for c in callbacks if isinstance(c, Recorder))
     at_test = examiners(folder, module, recorder)
+    predictions = next(c for c in at_test if isinstance(c, Predictions))
     detections = next((c for c in at_test if isinstance(c, Detections)), None)
     trainer = instantiate(
         config.trainer,
@@ -202,6 +204,10 @@ def _train_and_test(
         "val": {k.removeprefix("val/"): v for k, v in best.items() if k.startswith("val/")},
         "test": module.scores("test"),
     }
+    confusion = {part: read_json(folder.path / f"confusion_{part}.json")["counts"] for part in ("val", "test")}
+    if predictions.sequences is not None:
+        metrics["test"] |= sequence_scores(predictions.sequences, data.class_names)
+        confusion["test_sequences"] = predictions.sequences.tolist()
     results = {
         "name": plain["name"],
         "model": plain["model_name"],
@@ -217,7 +223,7 @@ def _train_and_test(
         "best_epoch": recorder.best_epoch,
         "epochs": len(recorder.history),
         "metrics": metrics,
-        "confusion": {part: read_json(folder.path / f"confusion_{part}.json")["counts"] for part in ("val", "test")},
+        "confusion": confusion,
         "tta": plain["data"]["tta"],
         "stamps": [*stamps, *guard.stamps],
         "weights": module.weights,
@@ -274,6 +280,8 @@ def print_summary(results: dict[str, Any], folder: RunFolder) -> None:
         ("accuracy", "acc"),
         ("mean class accuracy", "mean_acc"),
         ("macro F1", "macro_f1"),
+        ("accuracy of sequences", "sequence_acc"),
+        ("mean class accuracy of sequences", "sequence_mean_acc"),
         ("ECE", "ece"),
         ("NLL", "nll"),
         ("mAP@0.5", "map50"),
@@ -282,7 +290,7 @@ def print_summary(results: dict[str, Any], folder: RunFolder) -> None:
     ]
     for text, key in rows:
         if key in test:
-            table.add_row(text, f"{test[key]:.4f}", f"{val[key]:.4f}")
+            table.add_row(text, f"{test[key]:.4f}", f"{val[key]:.4f}" if key in val else "")
     for name in results["classes"]:
         cells = [f"{m[f'acc_{name}']:.4f}" if f"acc_{name}" in m else "none" for m in (test, val)]
         table.add_row(f"  {name}", *cells)

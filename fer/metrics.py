@@ -42,6 +42,27 @@ def scores(confusion: Array, class_names: Sequence[str]) -> dict[str, float]:
     return out | {f"acc_{c}": float(hits[i] / support[i]) for i, c in enumerate(class_names) if seen[i]}
 
 
+def sequence_counts(sequence: Array, label: Array, probabilities: Array) -> Array:
+    """(K, K) confusion counts of videos, each named by the mean probability of its frames.
+
+    Args:
+        sequence: (n,) the video of each frame.
+        label: (n,) classes; frames of one video with another label, such as its neutral first one, count on their own.
+        probabilities: (n, K).
+    """
+    k = probabilities.shape[1]
+    video, place = np.unique(np.unique(sequence, return_inverse=True)[1] * k + label, return_inverse=True)
+    total = np.zeros((len(video), k))
+    np.add.at(total, place, probabilities)  # the mean's order of classes is the sum's
+    return confusion_counts(video % k, total.argmax(1), k)
+
+
+def sequence_scores(confusion: Array, class_names: Sequence[str]) -> dict[str, float]:
+    """``sequence_acc`` and ``sequence_mean_acc``: `scores` of `sequence_counts`."""
+    found = scores(confusion, class_names)
+    return {f"sequence_{name}": found[name] for name in ("acc", "mean_acc")}
+
+
 def expected_calibration_error(bins: Array) -> float:
     """Expected calibration error over equal-width confidence bins (Guo et al., 2017, eq. 3).
 

@@ -26,7 +26,7 @@ from fer.evaluation.subgroups import subgroup_record
 from fer.evaluation.subject import Subject, open_subject
 from fer.evaluation.timing import time_per_image
 from fer.machine import accelerators, machine
-from fer.metrics import calibration_bins, effective_images
+from fer.metrics import calibration_bins, effective_images, sequence_counts, sequence_scores
 from fer.reporting.evaluations import calibration_picture, coverage_picture, robustness_picture
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json, write_text
 from fer.trainer import quieten
@@ -243,6 +243,10 @@ def _results(subject: Subject, answers: Answers, parts: dict[str, Any], protocol
         "micro_batch": None,
     }
     results["metrics"]["test"] = answers.scores()
+    if data.store.manifest.sequence is not None:
+        videos = sequence_counts(data.store.manifest.sequence[answers.rows], answers.label, answers.probabilities)
+        results["metrics"]["test"] |= sequence_scores(videos, answers.class_names)
+        results["confusion"]["test_sequences"] = videos.tolist()
     networks = ("model", "data", "protocol_name", "fold", "seed", "best_epoch", "selected_on", "tta", "precision")
     results["evaluation"] = {
         "networks": [

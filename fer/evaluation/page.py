@@ -11,7 +11,13 @@ from rich.table import Table
 from fer.reporting.statistics import wilson_half_width
 from fer.reporting.tables import inert
 
-SCORES = {"acc": "accuracy", "mean_acc": "mean class accuracy", "macro_f1": "macro F1"}
+SCORES = {
+    "acc": "accuracy",
+    "mean_acc": "mean class accuracy",
+    "macro_f1": "macro F1",
+    "sequence_acc": "accuracy of sequences",
+    "sequence_mean_acc": "mean class accuracy of sequences",
+}
 SURE = {"ece": "ECE", "nll": "NLL", "brier": "Brier score"}
 
 
@@ -40,7 +46,11 @@ def page(results: dict[str, Any]) -> str:
     half = 100 * wilson_half_width(test["acc"], found["effective_images"])
     lines += _rows(
         [f"test part, n = {n:,}", "%"],
-        [(text, f"{100 * test[key]:.2f}" + (f" ± {half:.2f}" if key == "acc" else "")) for key, text in SCORES.items()]
+        [
+            (text, f"{100 * test[key]:.2f}" + (f" ± {half:.2f}" if key == "acc" else ""))
+            for key, text in SCORES.items()
+            if key in test
+        ]
         + [(name, f"{100 * test[f'acc_{name}']:.2f}") for name in results["classes"] if f"acc_{name}" in test],
     )
     lines += [
@@ -198,6 +208,8 @@ def print_summary(results: dict[str, Any]) -> None:
         table.add_column(f"at temperature {found['calibration']['temperature']:.3f}", justify="right")
     half = wilson_half_width(test["acc"], found["effective_images"])
     for key, text in (SCORES | SURE).items():
+        if key not in test:
+            continue
         mark = f" ± {half:.4f}" if key == "acc" else ""
         table.add_row(text, f"{test[key]:.4f}{mark}", *([f"{after[key]:.4f}"] if key in after else []))
     out.print(table)

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
-from fer.metrics import scores
+from fer.metrics import scores, sequence_scores
 from fer.reporting.statistics import mean_interval, repeated_over, repetitions
 from fer.reporting.tables import inert
 from fer.runs import RunFolder, read_json
@@ -25,6 +25,7 @@ REPEATS = ("protocol.fold", "seed")  # what the runs of a group differ in
 COLUMNS = {"group", "fresh", "sweep", "model", "data", "protocol"}  # words that have a column, or say nothing of a run
 HEADLINES = {"test/acc": "accuracy", "test/mean_acc": "mean class accuracy", "test/macro_f1": "macro F1"}
 POOLED = ("acc", "mean_acc", "macro_f1")
+SEQUENCES = {"sequence_acc": "accuracy", "sequence_mean_acc": "mean class accuracy"}  # of videos, by their frames
 
 
 @dataclass
@@ -140,6 +141,9 @@ def _figures(results: list[dict[str, Any]]) -> dict[str, Any]:
     for run in results:
         confusion += np.asarray(run["confusion"]["test"])
     pooled = scores(confusion, classes) if results else {}
+    videos = [np.asarray(run["confusion"]["test_sequences"]) for run in results if "test_sequences" in run["confusion"]]
+    if videos:
+        pooled |= sequence_scores(np.sum(videos, axis=0), classes)
     return {
         "classes": classes,
         "over": repeated_over(places),
@@ -148,7 +152,8 @@ def _figures(results: list[dict[str, Any]]) -> dict[str, Any]:
         "interval": {metric: [m[2], m[3]] for metric, m in moments.items()},
         "values": values,
         "confusion": confusion.tolist(),
-        "pooled": {f"test/{name}": pooled[name] for name in POOLED if name in pooled},
+        "pooled": {f"test/{name}": pooled[name] for name in (*POOLED, *SEQUENCES) if name in pooled},
+        "sequences": int(np.sum(videos)) if videos else None,
     }
 
 
@@ -279,12 +284,20 @@ def _confusion_section(group: dict[str, Any]) -> list[str]:
     return [
         f"## {inert(title(group))}",
         "",
-        f"All {counts.sum():,} held-out predictions together: {pooled}. Epoch chosen on: {chosen}.",
+        f"All {counts.sum():,} held-out predictions together: {pooled}.{_sequences(group)} Epoch chosen on: {chosen}.",
         *(f"**{inert(stamp)}**" for stamp in group["stamps"]),
         "",
         *_markdown_table(["label \\ predicted", *classes, "predictions"], body),
         "",
     ]
+
+
+def _sequences(group: dict[str, Any]) -> str:
+    """What videos come to, each by the mean of its frames."""
+    if group["sequences"] is None:
+        return ""
+    found = ", ".join(f"{text} {100 * group['pooled'][f'test/{name}']:.2f} %" for name, text in SEQUENCES.items())
+    return f" By sequence, {group['sequences']:,} of them: {found}."
 
 
 def _markdown_table(head: list[str], body: list[list[str]]) -> list[str]:

@@ -229,7 +229,7 @@ def _on_one_part(a: Side, b: Side, resamples: int, seed: int) -> list[Verdict]:
         only = [int((right[side] & ~right[1 - side]).sum()) for side in (0, 1)]
         seeds = " and ".join(dict.fromkeys(f"seed {run.seed}" for run in members[0]))
         n = f"{_count(person)}, {only[0]} right by a alone, {only[1]} by b alone; {seeds}"
-        out.append(verdict("McNemar", "acc", n, mcnemar(*right, person)))
+        out.append(verdict("McNemar", "acc", n, mcnemar(right[0], right[1], person)))
 
     tested = np.concatenate([_answers(x).image for x, _ in pairs])
     images, first, place_of = np.unique(tested, return_index=True, return_inverse=True)

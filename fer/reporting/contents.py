@@ -28,16 +28,19 @@ FOUND = {
 def results(bench: Bench) -> Table:
     """Scores of each group, best accuracy first, those set apart below; those of all folds together where there are."""
     pooled, rows = any(group.disjoint for group in bench.groups), []
+    sequences = any(group.values("sequence_acc") for group in bench.groups)
     for group in bench.ranked:
         acc, mean_acc = group.interval("acc"), group.interval("mean_acc")
         cells = [words(group.label), mean_std(*acc[:2]), interval(*acc[2:]), mean_std(*mean_acc[:2])]
         cells += [interval(*mean_acc[2:]), percent(group.interval("macro_f1")[0]), percent(group.interval("ece")[0], 1)]
+        cells += [mean_std(*group.interval("sequence_acc")[:2])] if sequences else []
         cells += [percent(group.pooled[metric]) if group.disjoint else NONE for metric in METRICS] if pooled else []
         half = wilson_half_width(group.pooled["acc"], group.effective_images)
         cells += [_runs(group), Cell(f"± {percent(half).text}", half)]
         rows.append(_row(bench, group, cells, _record(bench, group, half)))
     over = f"95 % over {bench.over}"
     columns = ["model", "accuracy, %", over, "mean class, %", over, "macro F1, %", "ECE, %"]
+    columns += ["accuracy of sequences, %"] if sequences else []
     columns += ["pooled accuracy, %", "pooled mean class, %"] if pooled else []
     note = (
         "Mean ± standard deviation and Student's t interval of the mean: over folds, the seeds of each averaged first, "
@@ -73,6 +76,7 @@ def _record(bench: Bench, group: Group, half: float) -> dict[str, Any]:
     for metric in SHOWN:
         names = ("mean", "std", "low", "high")
         out |= {f"{metric}_{name}": value for name, value in zip(names, group.interval(metric), strict=True)}
+    out["sequence_acc_mean"] = group.interval("sequence_acc")[0]
     out |= {f"{metric}_pooled": group.pooled[metric] for metric in ("acc", "mean_acc", "macro_f1")}
     return out | {"acc_image_half_width": half, "settings": "; ".join(group.differs)}
 
