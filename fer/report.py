@@ -33,7 +33,7 @@ def run(config: DictConfig) -> None:
     from fer.reporting.comparisons import compare
     from fer.reporting.groups import make_groups
     from fer.reporting.publish import Options, write_report
-    from fer.reporting.results import RECORDS, load_results
+    from fer.reporting.summaries import RECORDS, load_results
     from fer.reporting.tables import writable
 
     roots = [Path(root) for root in _listed(plain["runs"])]

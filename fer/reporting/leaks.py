@@ -18,9 +18,10 @@ import pandas as pd
 from fer.config import CONF
 from fer.errors import UserError
 from fer.reporting.collect import finished_runs
-from fer.reporting.results import check_fields, hardware_of
+from fer.reporting.results import hardware_of
 from fer.reporting.settings import setting_of
 from fer.reporting.statistics import mean_interval
+from fer.reporting.summaries import check_fields
 from fer.reporting.tables import Row, Table, interval, mean_std, number, percent, words
 from fer.runs import RunFolder, read_json, write_json
 

@@ -20,8 +20,8 @@ from fer.config import CONF, guarded
 from fer.errors import UserError
 from fer.reporting import endurance, leaks, measured, outputs, reliability, small
 from fer.reporting.claims import Claim, load_claims
-from fer.reporting.results import TRAIN, Result, load_results
 from fer.reporting.speed import section
+from fer.reporting.summaries import TRAIN, Result, load_results
 from fer.reporting.tables import DASH, markdown, mean_std
 from fer.runs import write_text
 

@@ -19,7 +19,7 @@ from fer.reporting.collect import Run
 from fer.reporting.comparisons import Verdict
 from fer.reporting.groups import Group
 from fer.reporting.pictures import Wrong, most_wrong, pictures_found
-from fer.reporting.results import Result
+from fer.reporting.summaries import Result
 from fer.reporting.tables import Table, markdown, writable, write_csv
 from fer.runs import write_bytes, write_text
 
@@ -106,7 +106,7 @@ def write_report(
         runs: every run read.
         groups: the same in groups.
         claims: what papers claim.
-        measured: the committed summaries of earlier runs, see `fer.reporting.results`.
+        measured: the committed summaries of earlier runs, see `fer.reporting.summaries`.
         verdicts: comparisons asked for.
         planned: jobs of sweeps that were never started, see `fer.reporting.collect.never_started`.
         options: what to show.

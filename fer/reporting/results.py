@@ -12,204 +12,18 @@ import functools
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from fer.config import CONF
 from fer.errors import UserError
-from fer.metrics import Array, scores
 from fer.reporting.collect import LOADER, finished_runs, read_answers, settings_of
 from fer.reporting.settings import setting_of
-from fer.reporting.statistics import mean_interval, repeated_over, repetitions
-from fer.runs import AGAIN, RunFolder, read_json, write_json
-
-RECORDS = CONF.parent / "docs" / "results" / "measured"
-TRAIN = "python -m fer.train"
-VIEWS = ("none", "flip", "five_crop", "ten_crop")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Repeat:
-    """One training.
-
-    Attributes:
-        seed: of everything but the split.
-        fold: the fold held out, None without folds.
-        job_key: of its run folder; evaluations are matched by it.
-        commit: of the code, with ``+`` where files had changed.
-        hardware: what it ran on.
-        core_minutes: CPU time of training and test.
-        epochs: how many were trained.
-        val_acc, val_mean_acc: scores of the chosen epoch where it was chosen.
-        tests: by views, the test's confusion matrix, a row of counts per label.
-        effective_images: by views, `fer.metrics.effective_images` of the test.
-    """
-
-    seed: int
-    fold: int | None
-    job_key: str
-    commit: str
-    hardware: str
-    core_minutes: float
-    epochs: int
-    val_acc: float
-    val_mean_acc: float
-    tests: dict[str, list[str]]
-    effective_images: dict[str, float]
-
-    def confusion(self, views: str) -> Array:
-        """(K, K) counts, rows are labels."""
-        return np.array([row.split() for row in self.tests[views]], dtype=np.int64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """A row: trainings that differ in seed and fold alone.
-
-    Attributes:
-        setting: the command's words that made the figures, `TRAIN` before them.
-        settings: digest of all values of its config but seed and fold, and of the weights it began with.
-        model, data: public names.
-        classes: K names.
-        n: images of each part, of the first repeat.
-        selected_on: ``val`` or ``test``.
-        stamps: what must stand beside every figure.
-        rotating: whether every fold tests the same images (``protocol.held_out=val``), not a part of its own.
-        weights: where the initial ones came from.
-        parameters: how many there are.
-        repeats: by seed and fold.
-    """
-
-    setting: str
-    settings: str
-    model: str
-    data: str
-    classes: list[str]
-    n: dict[str, int]
-    selected_on: str
-    stamps: list[str]
-    rotating: bool
-    weights: str
-    parameters: int
-    repeats: list[Repeat]
-
-    @property
-    def views(self) -> list[str]:
-        """The choices of views every repeat was tested with."""
-        return [views for views in VIEWS if all(views in one.tests for one in self.repeats)]
-
-    @property
-    def folds(self) -> list[int | None]:
-        """The folds held out, ``[None]`` without folds."""
-        return sorted({one.fold for one in self.repeats}, key=lambda fold: -1 if fold is None else fold)
-
-    @property
-    def disjoint(self) -> bool:
-        """Whether there are several folds, each with a test part of its own."""
-        return len(self.folds) > 1 and not self.rotating
-
-    @property
-    def over(self) -> str:
-        """``folds`` or ``seeds``: what `interval` is over."""
-        return repeated_over((one.seed, one.fold) for one in self.repeats)
-
-    @property
-    def uneven(self) -> str:
-        """A sentence where not every seed has every fold, which moves the mean; empty otherwise."""
-        seeds = {one.seed: {other.fold for other in self.repeats if other.seed == one.seed} for one in self.repeats}
-        lacking = {seed: [str(fold) for fold in self.folds if fold not in have] for seed, have in seeds.items()}
-        short = [f"seed {seed} lacks fold {', '.join(folds)}" for seed, folds in sorted(lacking.items()) if folds]
-        return f"the seeds have different folds: {'; '.join(short)}" if short else ""
-
-    def confusion(self, views: str) -> Array:
-        """(K, K) counts of every test image once: mean over a fold's seeds, summed over folds or, if rotating, mean."""
-        counts = [
-            np.mean([one.confusion(views) for one in self.repeats if one.fold == fold], axis=0) for fold in self.folds
-        ]
-        total: Array = np.mean(counts, axis=0) if self.rotating else np.sum(counts, axis=0)
-        return total
-
-    def effective_images(self, views: str) -> float:
-        """`fer.metrics.effective_images` of what `confusion` counts, people standing in one fold only."""
-        found = [
-            np.mean([one.effective_images[views] for one in self.repeats if one.fold == fold]) for fold in self.folds
-        ]
-        return float(np.mean(found) if self.rotating else np.sum(found))
-
-    def values(self, views: str, metric: str) -> dict[tuple[int | None, int | None], float]:
-        """``acc`` or ``mean_acc`` of the test of every repeat, by seed and fold."""
-        return {(one.seed, one.fold): scores(one.confusion(views), self.classes)[metric] for one in self.repeats}
-
-    def interval(self, views: str, metric: str) -> tuple[float, float, float, float]:
-        """Mean, standard deviation and 95 % interval over folds, the seeds of each averaged, or else over seeds."""
-        return mean_interval(repetitions(self.values(views, metric)))
-
-
-# -- files --------------------------------------------------------------------------------------------------------
-
-
-def load_results(folder: Path = RECORDS) -> list[Result]:
-    """Every row of a folder of summaries.
-
-    Raises:
-        UserError: one lacks a field, has one too many, or a test that does not count its images.
-    """
-    return [row for path in sorted(folder.glob("*.json")) for row in _load(path)]
-
-
-def _load(path: Path) -> list[Result]:
-    content = read_json(path)
-    rows = content.get("rows") if isinstance(content, dict) else None
-    if not isinstance(rows, list):
-        raise UserError(f"{path} has no list of rows: expected what python -m fer.reporting.results writes")
-    return [_result(row, f"{path}, row {place}") for place, row in enumerate(rows, 1)]
-
-
-def _result(entry: Any, where: str) -> Result:
-    check_fields(Result, entry, where)
-    repeats = []
-    for place, one in enumerate(entry["repeats"], 1):
-        inside = f"{where}, repeat {place}"
-        check_fields(Repeat, one, inside)
-        repeats.append(Repeat(**one))
-        for views in repeats[-1].tests:
-            counted = int(repeats[-1].confusion(views).sum())
-            if (one["fold"] is None or entry["rotating"]) and counted != entry["n"]["test"]:
-                raise UserError(f"{inside}: its test with views {views} counts {counted} images, not n.test")
-    if not repeats:
-        raise UserError(f"{where} has no repeats: a row stands for at least one training")
-    return Result(**{**entry, "repeats": repeats})
-
-
-def check_fields(kind: type, entry: Any, where: str) -> None:
-    """Refuse an entry that has not all fields of a dataclass and no other, by a UserError.
-
-    Args:
-        kind: the dataclass.
-        entry: of a JSON file.
-        where: words for the message.
-    """
-    known = [field.name for field in fields(kind)]
-    if not isinstance(entry, dict) or (lacking := [name for name in known if name not in entry]):
-        lacks = lacking[0] if isinstance(entry, dict) else "everything"
-        raise UserError(f"{where} lacks {lacks}: expected all of {', '.join(known)}")
-    if unknown := [name for name in entry if name not in known]:
-        raise UserError(f"{where} has {unknown[0]}, expected nothing but {', '.join(known)}")
-
-
-def save_results(results: Sequence[Result], folder: Path = RECORDS) -> None:
-    """Write rows to ``<data>.json``, in the order of their settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for data in sorted({row.data for row in results}):
-        rows = sorted((row for row in results if row.data == data), key=lambda row: (row.model, row.setting))
-        write_json(folder / f"{data}.json", {"rows": [asdict(row) for row in rows]})
-
-
-# -- from run folders ---------------------------------------------------------------------------------------------
+from fer.reporting.summaries import RECORDS, Repeat, Result, load_results, packed, save_results
+from fer.runs import AGAIN, RunFolder, read_json
 
 
 def record(runs: Sequence[Path], before: Iterable[Result]) -> list[Result]:
@@ -249,6 +63,8 @@ def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
     text = str(sorted((name, str(value)) for name, value in settings.items() if name != "data.tta"))
     text += results["weights"]
     val = results["metrics"]["val"]
+    answers = read_answers(folder.predictions, results["classes"])
+    people, place = np.unique(answers.person, return_inverse=True)
     repeat = Repeat(
         seed=results["seed"],
         fold=results["fold"],
@@ -260,7 +76,9 @@ def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
         val_acc=val["acc"],
         val_mean_acc=val["mean_acc"],
         tests={results["tta"]: _rows_of(results)},
-        effective_images={results["tta"]: _effective_images(folder, results)},
+        images=hashlib.sha256(answers.image.tobytes()).hexdigest()[:12],
+        people=packed(place.astype(np.uint32)) if len(people) < len(place) else None,
+        hits={results["tta"]: packed(np.packbits(answers.right))},
     )
     return Result(
         setting=setting_of(results["command"], results["weights"]),
@@ -280,10 +98,6 @@ def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
 
 def _rows_of(results: dict[str, Any]) -> list[str]:
     return [" ".join(map(str, row)) for row in results["confusion"]["test"]]
-
-
-def _effective_images(folder: RunFolder, results: dict[str, Any]) -> float:
-    return round(read_answers(folder.predictions, results["classes"]).effective_images, 1)
 
 
 def hardware_of(results: dict[str, Any]) -> str:
@@ -319,8 +133,7 @@ def _merged(old: Result, new: Result) -> Result:
     (repeat,) = new.repeats
     kept = [one for one in old.repeats if (one.seed, one.fold) != (repeat.seed, repeat.fold)]
     same = next((one for one in old.repeats if one.job_key == repeat.job_key), repeat)
-    tests, effective = same.tests | repeat.tests, same.effective_images | repeat.effective_images
-    repeat = replace(repeat, tests=tests, effective_images=effective)
+    repeat = replace(repeat, tests=same.tests | repeat.tests, hits=same.hits | repeat.hits)
     return replace(new, repeats=sorted([*kept, repeat], key=lambda one: (one.seed, one.fold or 0)))
 
 
@@ -331,11 +144,12 @@ def _add_test(
     for key, row in rows.items():
         for place, one in enumerate(row.repeats):
             if one.job_key == network["job_key"]:
+                answers = read_answers(folder.predictions, results["classes"])
                 repeats = list(row.repeats)
                 repeats[place] = replace(
                     one,
                     tests=one.tests | {results["tta"]: _rows_of(results)},
-                    effective_images=one.effective_images | {results["tta"]: _effective_images(folder, results)},
+                    hits=one.hits | {results["tta"]: packed(np.packbits(answers.right))},
                 )
                 rows[key] = replace(row, repeats=repeats)
                 return True
