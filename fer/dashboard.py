@@ -60,7 +60,7 @@ def layout(entity: str, project: str, group: str | None, name: str | None) -> "W
 
 
 def sections() -> "list[Section]":
-    """The panels, over what `fer.callbacks` and `fer.loggers` log."""
+    """The panels, over what `fer.callbacks`, `fer.at_test` and `fer.loggers` log."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 

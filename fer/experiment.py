@@ -19,7 +19,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.table import Table
 
-from fer.callbacks import Predictions, Randomness, Recorder, WandbPictures, measure_flops, stamps_of
+from fer.at_test import Predictions, WandbPictures, stamps_of
+from fer.callbacks import Randomness, Recorder, measure_flops
 from fer.checkpoints import load_best, resume_point
 from fer.config import several_devices
 from fer.data.base import ExpressionDataModule

@@ -132,7 +132,7 @@ def _environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def leave_out_pictures(patch: pytest.MonkeyPatch) -> None:
     """Runs draw no confusion matrices, as dear as ten steps each; others do, and tests look at those."""
-    patch.setattr("fer.callbacks.confusion_figure", lambda *_: SimpleNamespace(savefig=lambda *_, **__: None))
+    patch.setattr("fer.at_test.confusion_figure", lambda *_: SimpleNamespace(savefig=lambda *_, **__: None))
 
 
 def train(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

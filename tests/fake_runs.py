@@ -1,4 +1,4 @@
-"""Run folders without training: the files fer/experiment.py and fer/callbacks.py write, as they write them.
+"""Run folders without training: the files fer/experiment.py, callbacks.py and at_test.py write, as they do.
 
 Left out are checkpoints, pictures and W&B's record. `test_report.py` compares a fake folder with a real one key by key.
 """

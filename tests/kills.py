@@ -141,7 +141,7 @@ def train(folder: Path, cache: Path, resumed: bool, workers: int | None = None) 
         config.data.cache = str(cache)
         if workers is not None:
             config.data.resident, config.data.num_workers = "no", workers
-    with mock.patch("fer.callbacks.confusion_figure"):  # half a second each, and nothing goes on from a picture
+    with mock.patch("fer.at_test.confusion_figure"):  # half a second each, and nothing goes on from a picture
         run_experiment(config, folder, command="python -m fer.train", resumed=resumed)
 
 

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from model_builds import CHEAP
 from omegaconf import DictConfig, OmegaConf
 
-from fer.callbacks import stamps_of
+from fer.at_test import stamps_of
 from fer.config import CONF
 from fer.experiment import preflight
 from fer.models.averaging import WeightAverage

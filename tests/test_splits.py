@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from fer.callbacks import Predictions
+from fer.at_test import Predictions
 from fer.config import CONF
 from fer.data.base import ExpressionDataModule
 from fer.data.ckplus import default_folds

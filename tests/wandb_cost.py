@@ -23,7 +23,8 @@ from conftest import TINY, composed
 from fake_wandb import FakeWandb, wandb_records
 from soak import RESULTS
 
-from fer.callbacks import Curves, WandbPictures, cpu_seconds
+from fer.at_test import WandbPictures
+from fer.callbacks import Curves, cpu_seconds
 from fer.experiment import run_experiment
 from fer.loggers import Wandb
 

@@ -13,7 +13,8 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from fer.callbacks import cpu_seconds, save_confusion, save_predictions
+from fer.at_test import save_confusion, save_predictions
+from fer.callbacks import cpu_seconds
 from fer.data.manifest import PARTS
 from fer.errors import UserError
 from fer.evaluation import calibration as scaling
