@@ -33,7 +33,7 @@ from fer.models.averaging import WeightAverage
 from fer.models.base import ExpressionModule
 from fer.models.detection import FaceDetector
 from fer.models.multiscale_region import MultiscaleRegion
-from fer.progress import Bar
+from fer.progress import progress
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
 from fer.session import (
     claim,
@@ -114,7 +114,7 @@ def watchers(config: DictConfig, folder: RunFolder, module: ExpressionModule, st
     if config.trainer.patience is not None:
         callbacks.append(Patience(module.monitor, patience=config.trainer.patience, mode="max"))
     if config.trainer.enable_progress_bar:
-        callbacks.append(Bar())
+        callbacks.append(progress())
     return callbacks
 
 

@@ -79,30 +79,3 @@ def calibration_bins(probabilities: Array, label: Array, bins: int) -> Array:
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     weights = (np.ones_like(confidence), confidence, (predicted == label).astype(np.float64))
     return np.stack([np.bincount(place, w, minlength=bins) for w in weights], axis=1)
-
-
-def effective_images(right: Array, person: Array) -> float:
-    """How many images of as many people would tell the accuracy as well as these do (Kish's effective sample size).
-
-    Images of one person are alike, and frames of one video nearly the same picture, so a network tends to be right
-    about all of them or about none.
-
-    Args:
-        right: (n,) whether each image was named right, 0 or 1, or the mean of that over seeds.
-        person: (n,) who it shows; of its own where nobody is known.
-
-    Returns:
-        n over the ratio of the accuracy's variance, as estimated between people, to that of independent images; at most
-        n. Where that cannot be estimated, since all are right, or none, or there is one person, the number of people.
-
-    Source: Kish, Survey Sampling (1965), sections 5.4 and 8.2; for a proportion Rao and Scott, Biometrics 48 (1992),
-    577-585.
-    """
-    people, place = np.unique(person, return_inverse=True)
-    n, count = len(right), len(people)
-    off = np.asarray(right, dtype=np.float64) - np.mean(right)
-    if count in (1, n) or not off.any():
-        return float(count)
-    alone = n / (n - 1) * (off**2).sum()
-    together = count / (count - 1) * (np.bincount(place, off) ** 2).sum()
-    return float(n / max(together / alone, 1.0))

@@ -1,10 +1,11 @@
-"""The progress bar of a training in a terminal."""
+"""How far a training has come: a bar in a terminal, a line for each epoch elsewhere."""
 
+import sys
 import time
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 PERIOD = 1.0  # s between two looks of the bar; drawing it takes milliseconds, more than many a step
 
@@ -24,3 +25,24 @@ class Bar(RichProgressBar):
         if now - self._moved >= PERIOD or batch_idx + 1 == self.total_train_batches:
             self._moved = now
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+class Lines(Callback):
+    """A line for each epoch, for logs of schedulers and other files."""
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        self._began = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Say what the epoch, validation included, came to."""
+        if trainer.is_global_zero:
+            found = {name: trainer.callback_metrics.get(name) for name in ("train/loss", pl_module.monitor)}
+            told = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if value is not None)
+            seconds = time.monotonic() - self._began
+            print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {told}, {seconds:,.0f} s", flush=True)
+
+
+def progress() -> Callback:
+    """What fits where the output goes."""
+    return Bar() if sys.stdout.isatty() else Lines()

@@ -16,6 +16,7 @@ from fake_runs import write_run
 from huggingface_hub import ModelCard
 from model_builds import MODELS, cheap, images, shaken
 from safetensors.torch import load_file
+from scipy import stats
 
 from fer.errors import UserError
 from fer.evaluation.calibration import Calibration, checkpoint_fingerprint
@@ -277,8 +278,16 @@ def test_intervals():
     row = table.loc["accuracy"]
     assert row["value"] == "70.00 %"
     assert row["interval"] == f"{100 * (centre - half):.2f} to {100 * (centre + half):.2f} %"
-    # Ten people, all of whose ten images are right or wrong: 100 / 11 images' worth.
-    assert of_counts(counts, np.arange(100) // 10).loc["accuracy", "interval"] == "38.39 to 89.73 %"
+    # Ten people, all of whose ten images are right or wrong, as one class is or the other.
+    n = 100 / 11 * (stats.t.ppf(0.975, 99) / stats.t.ppf(0.975, 9)) ** 2
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    of_people = of_counts(counts, np.arange(100) // 10)
+    assert of_people.loc["accuracy", "interval"] == f"{100 * (centre - half):.2f} to {100 * (centre + half):.2f} %"
+    wide, narrow = (
+        np.ptp(np.array(t.loc["accuracy of a", "interval"].split()[:3:2], float)) for t in (of_people, table)
+    )
+    assert wide > 2 * narrow
     # Images drawn one by one, the plain way.
     images = np.repeat(np.arange(4), counts.ravel())
     generator = np.random.default_rng(5)

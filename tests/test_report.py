@@ -366,7 +366,9 @@ def test_other_weights_than_the_papers_are_named(tmp_path: Path, claimed: str, h
     write_run(tmp_path / "run", more={"weights": here})
     facts = {"paper": "p", "method": "m", "data": ["synthetic"], "classes": 7, "acc": 50.0, "split": "official"}
     claim = Claim(**facts, selected_on="val", weights=claimed)
-    assert claim.differences(one_group(tmp_path)) == ([f"weights: {claimed}; here {here}"] if differs else [])
+    smaller = "here not the network of conf/model/cbam_resnet.yaml: width=8, layers=[1, 1, 1, 1]"
+    differences = claim.differences(one_group(tmp_path))
+    assert differences == [*([f"weights: {claimed}; here {here}"] if differs else []), smaller]
 
 
 def test_every_claim_names_data_and_models_that_exist() -> None:
@@ -535,7 +537,7 @@ def test_images_of_one_person_do_not_count_as_many(tmp_path: Path) -> None:
     assert taken_apart[0].outcome.p < mcnemar.outcome.p / 100
     widths = [one.outcome.high - one.outcome.low for one in (images, taken_apart[1])]
     assert widths[0] / widths[1] == pytest.approx(np.sqrt(5), rel=0.1)
-    assert known[0].effective_images == pytest.approx(120, rel=0.02)
+    assert known[0].effective_images == pytest.approx(120, rel=0.05)
     assert unknown[0].effective_images == 600
 
 

@@ -23,7 +23,8 @@ from fer.reporting import leaks, manual, measured, outputs, results, small
 from fer.reporting.manual import filled
 from fer.reporting.results import record
 from fer.reporting.settings import setting_of
-from fer.reporting.summaries import RECORDS, Result, load_results, save_results
+from fer.reporting.statistics import effective_images
+from fer.reporting.summaries import RECORDS, Result, load_results, packed, save_results
 from fer.reporting.tables import DASH, MINUS
 from fer.runs import write_json
 
@@ -170,7 +171,9 @@ def cross_validation(folder: Path, held_out: str, places: list[tuple[int, int]])
         protocol = {"folds": 3, "fold": fold, "held_out": held_out}
         more = {"fold": fold, "protocol": protocol, "command": "python -m fer.train model=dan protocol=kfold"}
         part = {"fold": fold, "words": KFOLD} if held_out == "test" else {}
-        run = write_run(folder / f"{seed}-{fold}", seed=seed, images=300, accuracy=0.5 + 0.1 * fold, more=more, **part)
+        right = 0.5 + 0.1 * fold
+        people = {"images_per_person": 5}
+        run = write_run(folder / f"{seed}-{fold}", seed=seed, images=300, accuracy=right, more=more, **part, **people)
         assert len(pd.read_csv(run / "predictions.csv")) == (100 if held_out == "test" else 300)
         if held_out == "val":
             config = yaml.safe_load((run / "config.yaml").read_text())
@@ -193,8 +196,20 @@ def test_each_test_image_counts_once(tmp_path: Path, held_out: str) -> None:
     low, high = stats.t.interval(0.95, 2, share.mean(), stats.sem(share.mean(1)))
     assert cells["accuracy, %"] == f"{share.mean():.2f} ± {share.mean(1).std(ddof=1):.2f}"
     assert cells["95 % over folds"] == f"{low:.2f} to {high:.2f}"
-    half = np.sqrt(share.mean() * (100 - share.mean()) / 300) * 1.96  # Wilson's is a little narrower
-    assert float(table.rows[0].cells[4].value or 0) == pytest.approx(half / 100, rel=0.02)
+    # Image by image: each once, by the mean of the runs that tested it, and by people.
+    tables = pd.concat(pd.read_csv(tmp_path / "runs" / f"{seed}-{fold}" / "predictions.csv") for seed, fold in places)
+    tables["right"] = tables["label"] == tables["predicted"]
+    images = tables.groupby("item").agg(right=("right", "mean"), subject=("subject", "first"))
+    assert len(images) == 300
+    assert images["subject"].nunique() == 60
+    hits, person = row.hits("ten_crop" if "ten_crop" in row.views else row.views[0])
+    assert sorted(hits) == pytest.approx(sorted(images["right"]))
+    by_person = pd.DataFrame({"hits": hits, "person": person}).groupby("person")["hits"].agg(["sum", "count"])
+    expected = images.groupby("subject")["right"].agg(["sum", "count"])
+    assert sorted(map(tuple, by_person.round(6).to_numpy())) == sorted(map(tuple, expected.round(6).to_numpy()))
+    half = np.sqrt(share.mean() * (100 - share.mean()) / effective_images(hits, person)) * 1.96
+    found = table.rows[0].cells[table.columns.index("± by images")]
+    assert float(found.value or 0) == pytest.approx(half / 100, rel=0.02)  # Wilson's is a little narrower
     assert (cells.get("pooled accuracy, %") == f"{share.mean():.2f}") == (held_out == "test")
     assert table.rows[0].stamps == []
 
@@ -249,6 +264,22 @@ def _says_more(row: dict[str, Any]) -> None:
     row["mood"] = "good"
 
 
+def _forgets_hits(row: dict[str, Any]) -> None:
+    row["repeats"][0]["hits"]["ten_crop"] = packed(np.zeros(449, np.uint8))
+
+
+def _tears_hits(row: dict[str, Any]) -> None:
+    row["repeats"][0]["hits"]["ten_crop"] = row["repeats"][0]["hits"]["ten_crop"][:50]
+
+
+def _lacks_views(row: dict[str, Any]) -> None:
+    del row["repeats"][0]["hits"]["none"]
+
+
+def _tests_other_images(row: dict[str, Any]) -> None:
+    row["repeats"][1]["images"] = "0" * 12
+
+
 def _counts_too_many(row: dict[str, Any]) -> None:
     row["n"]["test"] += 1
 
@@ -258,6 +289,10 @@ def _counts_too_many(row: dict[str, Any]) -> None:
     [
         (_lacks_commit, r"fer2013\.json, row 1, repeat 1 lacks commit: expected all of seed, fold"),
         (_says_more, r"fer2013\.json, row 1 has mood, expected nothing but"),
+        (_forgets_hits, r"repeat 1: its hits with views ten_crop are not those of its confusion matrix"),
+        (_tears_hits, r"repeat 1: its hits cannot be unpacked"),
+        (_lacks_views, r"repeat 1: its tests have the views ten_crop, none, its hits ten_crop"),
+        (_tests_other_images, r"row 1: its repeats tested other images, though the fold is the same"),
         (_counts_too_many, r"its test with views ten_crop counts 3589 images, not n\.test"),
     ],
 )

@@ -78,7 +78,7 @@ def test_a_run_and_its_sweep_score_sequences(sweep: Path) -> None:
     right = both["label"] == both["predicted"]
     assert group["sequences"] == len(both) == 42
     assert group["pooled"]["test/sequence_acc"] == pytest.approx(right.mean())
-    assert f"By sequence, 42 of them: accuracy {100 * right.mean():.2f} %" in markdown(record, "")
+    assert f"By sequence, 42 predictions: accuracy {100 * right.mean():.2f} %" in markdown(record, "")
 
 
 def test_the_report_has_a_column_of_sequences(sweep: Path) -> None:

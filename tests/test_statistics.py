@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fer.metrics import effective_images
 from fer.reporting.statistics import (
+    bootstrap_scores,
     corrected_t,
+    effective_images,
     holm,
     mcnemar,
     mean_interval,
     newcombe,
     paired_bootstrap,
+    prediction_interval,
     repeated_over,
     repetitions,
     wilcoxon,
+    wilson,
     wilson_half_width,
 )
 
@@ -312,6 +315,14 @@ def test_a_persons_images_fall_to_one_side_together() -> None:
     assert found.difference == pytest.approx(2 / 5)
 
 
+def test_one_more_figure_falls_into_its_interval() -> None:
+    rng = np.random.default_rng(4)
+    drawn = rng.normal(0.6, 0.01, (4000, 4))
+    found = [low <= last <= high for *three, last in drawn for low, high in [prediction_interval(three)]]
+    assert np.mean(found) == pytest.approx(0.95, abs=0.012)
+    assert np.isnan(prediction_interval([0.6])).all()
+
+
 def test_copies_of_images_are_worth_one_image() -> None:
     """Each image three times: as many independent ones as there are different ones, whatever the accuracy."""
     rng = np.random.default_rng(1)
@@ -319,8 +330,38 @@ def test_copies_of_images_are_worth_one_image() -> None:
     assert effective_images(right, person) == 900
     assert effective_images(right.repeat(3), person.repeat(3)) == pytest.approx(900, rel=0.01)
     assert effective_images(right, rng.permutation(900) // 3) == pytest.approx(900, rel=0.1)  # people do not matter
-    assert effective_images(np.ones(900), person // 3) == 300
     assert effective_images(right, 0 * person) == 1
+
+
+def test_where_nothing_varies_a_persons_images_are_taken_for_one_answer() -> None:
+    assert effective_images(np.ones(900), np.arange(900) // 3) == pytest.approx(300)
+    person = np.r_[np.zeros(901), np.arange(1, 100)]  # one person has nearly all
+    assert effective_images(np.ones(1000), person) == pytest.approx(1000**2 / (901**2 + 99))
+    assert effective_images(np.empty(0), np.empty(0)) == 0
+
+
+def test_nothing_right_has_an_interval_that_begins_at_nothing() -> None:
+    for n in (1, 21, 37, 39.5):
+        assert wilson(0.0, n)[0] == 0.0
+        assert wilson(1.0, n)[1] == pytest.approx(1.0)
+        assert wilson(1.0, n)[1] <= 1.0
+    assert wilson(0.0, 21)[1] == pytest.approx(stats.binomtest(0, 21).proportion_ci(method="wilson").high)
+
+
+def test_fewer_images_leave_more_open() -> None:
+    counts = np.array([[40, 10], [20, 30]])
+    (low, high), _ = bootstrap_scores(counts, 0)
+    (wider_low, wider_high), _ = bootstrap_scores(counts, 0, 25)
+    assert (wider_high - wider_low) / (high - low) == pytest.approx(2, rel=0.05)
+
+
+def test_many_people_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    a, b, label = rng.random(300) < 0.7, rng.random(300) < 0.6, rng.integers(0, 3, 300)
+    person = rng.integers(0, 60, 300)
+    whole = paired_bootstrap(a, b, label, 500, 1, person=person)
+    monkeypatch.setattr("fer.reporting.statistics.AT_ONCE", 1000)
+    assert paired_bootstrap(a, b, label, 500, 1, person=person) == whole
 
 
 def test_the_effective_number_of_images_tells_how_accuracy_scatters() -> None:

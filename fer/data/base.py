@@ -30,7 +30,7 @@ from lightning import LightningDataModule
 from fer.config import require_counts
 from fer.data.images import BadImage, read_image
 from fer.data.loaders import EpochSampler, Order, ResidentLoader, StoreDataset, WorkerLoader
-from fer.data.manifest import PARTS, Array, Manifest, Part
+from fer.data.manifest import OPTIONAL, PARTS, Array, Manifest, Part
 from fer.data.per_image import WorkerAugment
 from fer.data.places import PLACES, relative
 from fer.data.protocols import Protocol
@@ -333,8 +333,14 @@ class ExpressionDataModule(LightningDataModule, abc.ABC):
         """Hash of split, pixels, labels, votes and places: changes when anything a run sees of the data does."""
         digest = hashlib.sha256(self.split.fingerprint(self.store.manifest).encode())
         digest.update(np.ascontiguousarray(self.store.copies).tobytes())
-        for name, values in sorted(self._fields().items()):  # labels, votes, places
-            digest.update(f"{name} {values.shape}".encode() + np.ascontiguousarray(values).tobytes())
+        manifest = self.store.manifest
+        # Organ boxes that were made from landmarks say nothing new.
+        facts = {"label": self.label, "windows": self.store.windows}
+        facts |= {name: getattr(manifest, name) for name in OPTIONAL if name != "organ_boxes" or self.regions is None}
+        for name, values in facts.items():
+            if values is not None:
+                plain = np.char.encode(values, "utf-8") if values.dtype.kind == "U" else values
+                digest.update(f"{name} {plain.shape}".encode() + np.ascontiguousarray(plain).tobytes())
         return digest.hexdigest()[:16]
 
     # -- loaders --------------------------------------------------------------------------------------------------

@@ -269,6 +269,7 @@ def labels_from_votes(votes: Array, mode: str) -> tuple[Array, Array]:
         keep = clean.max(axis=1, initial=0) > 0.5 * total
     elif mode in ("probability", "crossentropy"):
         patterns, where = np.unique(clean, axis=0, return_inverse=True)
+        where = where.reshape(-1)  # NumPy 2.0 alone gives it two dimensions
         weight = np.array([_top_classes(pattern) for pattern in patterns]).reshape(-1, votes.shape[1])[where]
         keep = weight.any(axis=1)
     elif mode == "multi_target":

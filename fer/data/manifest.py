@@ -18,7 +18,7 @@ from fer.errors import UserError
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
 Array = np.ndarray[Any, Any]
-_OPTIONAL = (
+OPTIONAL = (
     *("subject", "sequence", "fold", "soft", "valence_arousal"),
     *("box", "landmarks", "organ_boxes", "face_boxes", "face_labels", "face_organ_boxes"),
 )
@@ -100,7 +100,7 @@ class Manifest:
         """
         n = len(self.item)
         arrays = {"label": self.label, "split": self.split}
-        arrays |= {k: v for k in _OPTIONAL if (v := getattr(self, k)) is not None} | self.attributes
+        arrays |= {k: v for k in OPTIONAL if (v := getattr(self, k)) is not None} | self.attributes
         for name, values in arrays.items():
             if len(values) != n:
                 raise UserError(f"manifest of {self.form}: {len(values)} values of '{name}' for {n} images")
@@ -124,7 +124,7 @@ class Manifest:
     def select(self, keep: Array) -> "Manifest":
         """The same manifest with only the rows in ``keep`` (indices or a boolean mask), in that order."""
         rows: dict[str, Any] = {k: getattr(self, k)[keep] for k in ("item", "label", "split")}
-        rows |= {k: v[keep] for k in _OPTIONAL if (v := getattr(self, k)) is not None}
+        rows |= {k: v[keep] for k in OPTIONAL if (v := getattr(self, k)) is not None}
         rows["attributes"] = {k: v[keep] for k, v in self.attributes.items()}
         return dataclasses.replace(self, **rows)
 
@@ -150,7 +150,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Serialise as an npz archive without pickle."""
-        arrays = {k: v for k in ("item", "label", "split", *_OPTIONAL) if (v := getattr(self, k)) is not None}
+        arrays = {k: v for k in ("item", "label", "split", *OPTIONAL) if (v := getattr(self, k)) is not None}
         arrays |= {f"attribute.{k}": v for k, v in self.attributes.items()}
         text = {
             k: getattr(self, k)

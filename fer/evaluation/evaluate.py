@@ -27,8 +27,9 @@ from fer.evaluation.subgroups import subgroup_record
 from fer.evaluation.subject import Subject, open_subject
 from fer.evaluation.timing import time_per_image
 from fer.machine import accelerators, machine
-from fer.metrics import calibration_bins, effective_images, sequence_counts, sequence_scores
+from fer.metrics import calibration_bins, sequence_counts, sequence_scores
 from fer.reporting.evaluations import calibration_picture, coverage_picture, robustness_picture
+from fer.reporting.statistics import effective_images
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json, write_text
 from fer.trainer import quieten
 
@@ -64,14 +65,15 @@ def evaluate(config: DictConfig, paths: Sequence[Path], command: str) -> dict[st
         whole = subject.answers()
         rate = len(whole.label) / (time.monotonic() - started)
         answers = subject.matching.restrict(whole) if subject.matching is not None else whole
+        person = subject.data.store.manifest.person[answers.rows]
         parts: dict[str, Any] = {
             "classes": None if subject.matching is None else subject.matching.record(whole),
             "identical_to_own_images": None if subject.matching is None else subject.identical(),
-            "effective_images": effective_images(
-                answers.predicted == answers.label, subject.data.store.manifest.person[answers.rows]
-            ),
+            "effective_images": effective_images(answers.predicted == answers.label, person),
             "coverage": coverage_record(answers.probabilities, answers.label),
-            "subgroups": subgroup_record(answers, subject.data.store.manifest.attributes, config.subgroup_values),
+            "subgroups": subgroup_record(
+                answers, person, subject.data.store.manifest.attributes, config.subgroup_values
+            ),
             "calibration": _calibration(subject, answers) if config.calibration else None,
             "seconds_per_image": [
                 time_per_image(reader, data, config.timing_repeats)

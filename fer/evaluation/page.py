@@ -35,7 +35,7 @@ def _people(effective: float, n: int) -> str:
     """What to say of an interval where the n images tell as much as fewer would."""
     if effective > 0.995 * n:
         return ""
-    return f" for {effective:,.0f} images: those of one person are right or wrong together"
+    return f" for {effective:,.0f} images: those of one person tend to be right or wrong together"
 
 
 def page(results: dict[str, Any]) -> str:

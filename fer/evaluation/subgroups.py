@@ -3,20 +3,20 @@
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 from fer.evaluation.answers import Answers
-from fer.metrics import confusion_counts, scores
+from fer.metrics import Array, confusion_counts, scores
+from fer.reporting.statistics import effective_images, wilson
 
-CONFIDENCE = 0.95
 UNKNOWN = "unknown"
 
 
-def subgroup_record(answers: Answers, attributes: dict[str, Any], most: int) -> dict[str, Any]:
-    """Accuracy of each value of each attribute, with Wilson's 95 % interval (JASA 22, 1927).
+def subgroup_record(answers: Answers, person: Array, attributes: dict[str, Any], most: int) -> dict[str, Any]:
+    """Accuracy of each value of each attribute, with Wilson's 95 % interval for as many images of different people.
 
     Args:
         answers: n images.
+        person: (n,) who each shows.
         attributes: (N,) str by name, of all images of the data set.
         most: attributes with more different values are left out.
 
@@ -32,20 +32,21 @@ def subgroup_record(answers: Answers, attributes: dict[str, Any], most: int) -> 
         if len(different) > most:
             left_out[name] = len(different)
             continue
-        groups[name] = {str(value) or UNKNOWN: _of(answers, here == value) for value in different}
+        groups[name] = {str(value) or UNKNOWN: _of(answers, person, here == value) for value in different}
     return {"groups": groups, "left_out": left_out}
 
 
-def _of(answers: Answers, chosen: Any) -> dict[str, Any]:
+def _of(answers: Answers, person: Array, chosen: Any) -> dict[str, Any]:
     label, predicted = answers.label[chosen], answers.predicted[chosen]
-    n, right = len(label), int((label == predicted).sum())
-    interval = binomtest(right, n).proportion_ci(CONFIDENCE, method="wilson")
+    hits = label == predicted
+    n, right = len(label), int(hits.sum())
+    low, high = wilson(right / n, effective_images(hits, person[chosen]))
     counts = confusion_counts(label, predicted, len(answers.class_names))
     return {
         "n": n,
         "right": right,
         "acc": right / n,
-        "low": float(interval.low),
-        "high": float(interval.high),
+        "low": low,
+        "high": high,
         "mean_acc": scores(counts, answers.class_names)["mean_acc"],
     }

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from fer.errors import UserError
 from fer.metrics import confusion_counts
 from fer.reporting.collect import Answers, read_answers
-from fer.reporting.statistics import RESAMPLES, bootstrap_scores, wilson
+from fer.reporting.statistics import RESAMPLES, bootstrap_scores, effective_images, wilson
 from fer.reporting.tables import inert
 from fer.trained import TrainedRun
 
@@ -111,8 +111,7 @@ def tested(run: TrainedRun) -> Answers:
 def metric_rows(answers: Answers, classes: list[str], scores: dict[str, float], seed: int) -> list[dict[str, str]]:
     """Name, value, 95 % interval and n of each metric.
 
-    The intervals of whole-test metrics count images of one person for what they are worth; those of single classes, for
-    which people are too few to tell, count images.
+    Images of one person count for what they tell together, see `fer.reporting.statistics.effective_images`.
 
     Args:
         answers: to the test part.
@@ -134,9 +133,10 @@ def metric_rows(answers: Answers, classes: list[str], scores: dict[str, float], 
         ("expected calibration error", f"{100 * scores['ece']:.2f} %", "", n),
         ("negative log-likelihood", f"{scores['nll']:.4f}", "", n),
     ]
-    for name, right, support in zip(classes, counts.diagonal(), counts.sum(1), strict=True):
-        if support:
-            share = right / support
-            ci = percent(*wilson(share, support))
-            rows.append((f"accuracy of {inert(name)}", f"{100 * share:.2f} %", ci, int(support)))
+    for place, name in enumerate(classes):
+        own = answers.label == place
+        if own.any():
+            share = answers.right[own].mean()
+            ci = percent(*wilson(share, effective_images(answers.right[own], answers.person[own])))
+            rows.append((f"accuracy of {inert(name)}", f"{100 * share:.2f} %", ci, int(own.sum())))
     return [{"name": name, "value": value, "interval": ci, "n": f"{m:,}"} for name, value, ci, m in rows]

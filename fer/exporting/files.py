@@ -234,7 +234,7 @@ def int8_table(record: dict[str, Any]) -> str:
             "",
             f"{record['model']} on {record['data']}, n = {test['n']:,} test images, one view each; {how}. int8 minus "
             f"float32: {100 * test['difference']:+.2f} points of accuracy (95 % interval {low:+.2f} to {high:+.2f}, "
-            f"bootstrap over images; McNemar p = {test['p']:.2g}); {100 * test['same']:.1f} % of the images are named "
+            f"paired bootstrap; McNemar p = {test['p']:.2g}); {100 * test['same']:.1f} % of the images are named "
             f"alike. Milliseconds of one processor thread, batch of one: median (quartiles) of {times['repeats']} "
             "turns, interleaved.",
             "",

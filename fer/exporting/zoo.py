@@ -58,7 +58,8 @@ def write_index(zoo: Path, runs: dict[str, Path]) -> Path:
     columns = ["package", "accuracy, %", "± by images", "mean class, %", "n", "views", "seed", "parameters", "commit"]
     note = (
         "Of all runs of a data set and network the one best on validation; its figures on the test part, with "
-        "half of Wilson's 95 % interval. Each folder has a card."
+        "half of Wilson's 95 % interval, images of one person counted for what they tell together. "
+        "Each folder has a card."
     )
     path = zoo / "README.md"
     write_text(path, Table("Networks", [*columns, "command"], rows, note).markdown())

@@ -293,11 +293,11 @@ def _confusion_section(group: dict[str, Any]) -> list[str]:
 
 
 def _sequences(group: dict[str, Any]) -> str:
-    """What videos come to, each by the mean of its frames."""
+    """What videos come to, each named by the mean of its frames, once for every run that tested it."""
     if group["sequences"] is None:
         return ""
     found = ", ".join(f"{text} {100 * group['pooled'][f'test/{name}']:.2f} %" for name, text in SEQUENCES.items())
-    return f" By sequence, {group['sequences']:,} of them: {found}."
+    return f" By sequence, {group['sequences']:,} predictions: {found}."
 
 
 def _markdown_table(head: list[str], body: list[list[str]]) -> list[str]:

@@ -8,11 +8,13 @@ from typing import Any
 
 import yaml
 
+from fer.config import CONF
 from fer.errors import UserError
 from fer.reporting.benches import Bench
 from fer.reporting.groups import Group
 
 OFFICIAL = "official"
+INPUT = ("mean", "std", "pretrained")  # how images come in; what weights begin with has a line of its own
 # What the name of weights holds that were trained on what a claim names; see fer/models/pretrained.py.
 _MARKS = {"ImageNet": r"in\d+k", "ImageNet-1k": r"(?<!ft_)in1k", "DINOv2": "dinov2"}
 
@@ -94,12 +96,23 @@ class Claim:
         weights = str(results["weights"])
         if self.weights is not None and ("random" in weights or not re.search(_MARKS.get(self.weights, "$^"), weights)):
             out.append(f"weights: {self.weights}; here {weights}")
+        if changed := _changed(group):
+            out.append(f"here not the network of conf/model/{group.model}.yaml: {', '.join(changed)}")
         return out
 
     @property
     def remarks(self) -> list[str]:
         """What holds of the claim itself."""
         return [*([f"void: {self.void}"] if self.void else []), *self.notes]
+
+
+def _changed(group: Group) -> list[str]:
+    """The options in which a group's network is not the one of its model's file, which is the paper's."""
+    path = CONF / "model" / f"{group.model}.yaml"
+    plain = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    decided = {key: value for key, value in plain.items() if not isinstance(value, dict) and "${" not in str(value)}
+    there = {key: group.settings.get(f"model.{key}", value) for key, value in decided.items()}
+    return [f"{key}={value}" for key, value in there.items() if value != decided[key] and key not in INPUT]
 
 
 def _official(group: Group) -> bool:

@@ -12,8 +12,9 @@ import pandas as pd
 import yaml
 
 from fer.errors import UserError
-from fer.metrics import Array, calibration_bins, confusion_counts, effective_images
+from fer.metrics import Array, calibration_bins, confusion_counts
 from fer.reporting.checks import CONFIG, RESULTS, check
+from fer.reporting.statistics import effective_images
 from fer.runs import RunFolder, read_json
 
 BINS = 15  # of the reliability diagram, as in the results' ECE
@@ -63,7 +64,7 @@ class Answers:
 
     @property
     def effective_images(self) -> float:
-        """See `fer.metrics.effective_images`."""
+        """See `fer.reporting.statistics.effective_images`."""
         return effective_images(self.right, self.person)
 
 

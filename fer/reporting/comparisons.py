@@ -7,7 +7,7 @@ What each test then answers:
 - McNemar, once per round of runs in which no image is tested twice (so once per seed): do these two trained networks
   differ on these images?
 - paired bootstrap, correctness averaged over seeds: would other test images of the same kind tell them apart?
-  Both take a person's images, or the frames of a video, together where the data set knows its people.
+  Both take a person's images together where the data set knows its people.
 - corrected resampled t-test over the folds of a cross-validation: would other training parts?
 - Wilcoxon over data sets: is one model better across data sets?
 

@@ -46,7 +46,7 @@ def results(bench: Bench) -> Table:
         "Mean ± standard deviation and Student's t interval of the mean: over folds, the seeds of each averaged first, "
         "or where there is one split over seeds. Last column: half of Wilson's 95 % interval of the accuracy for this "
         "number of test images, which no number of runs makes smaller; images of one person count for less where they "
-        "are right or wrong together (Kish's effective sample size)."
+        "are right or wrong together (Kish's design effect)."
     )
     note += f" {ABOUT_POOLED}" if pooled else ""
     return Table(f"{bench.title}: results", [*columns, "runs", "± by images"], rows, note)

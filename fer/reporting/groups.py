@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from fer.metrics import Array, effective_images, scores
+from fer.metrics import Array, scores
 from fer.reporting.collect import BINS, Run, finished_at, short_checksums
-from fer.reporting.statistics import mean_interval, repeated_over, repetitions
+from fer.reporting.statistics import effective_images, mean_interval, repeated_over, repetitions
 from fer.runs import RunFolder
 
 Key = tuple[Any, ...]
@@ -137,7 +137,7 @@ class Group:
 
     @cached_property
     def effective_images(self) -> float:
-        """`fer.metrics.effective_images` of `images`, each right as often as its runs are."""
+        """`fer.reporting.statistics.effective_images` of `images`, each right as often as its runs are."""
         found = [run.answers for run in self.runs if run.answers is not None]
         image, person, right = (
             np.concatenate([getattr(one, name) for one in found]) for name in ("image", "person", "right")

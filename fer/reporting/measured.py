@@ -1,6 +1,5 @@
 """Tables of what was measured, from the `fer.reporting.summaries`: for the pages and the report."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -11,20 +10,21 @@ from fer.metrics import scores
 from fer.reporting.statistics import (
     RESAMPLES,
     bootstrap_scores,
+    effective_images,
     mean_interval,
     paired_bootstrap,
     repetitions,
     wilson_half_width,
 )
-from fer.reporting.summaries import RECORDS, Repeat, Result, load_results
+from fer.reporting.summaries import RECORDS, Result, load_results
 from fer.reporting.tables import ABOUT_POOLED, NONE, Cell, Row, Table, interval, mean_std, number, percent, words
 
 METRICS = ("acc", "mean_acc")
 CHOSEN = {"val": "validation", "test": "the test part"}
 NOTE = (
-    "Mean ± standard deviation over runs and Student's t interval of the mean. By images: half of the 95 % interval "
-    "that this number of test images leaves open, Wilson's for accuracy, a bootstrap's for mean class accuracy, both "
-    "wider where images of one person are right or wrong together."
+    "Mean ± standard deviation over runs and Student's t interval of the mean, and of one more run. By images: half of "
+    "the 95 % interval that this number of test images leaves open, Wilson's for accuracy, a bootstrap's for mean "
+    "class accuracy; where several are of one person, for as many of different people as tell as much of accuracy."
 )
 ABOUT_FOLDS = "Of several folds each is one figure, its seeds averaged first."
 
@@ -34,9 +34,10 @@ def table(results: Sequence[Result], title: str) -> Table:
     pooled, lines = any(row.disjoint for row in results), []
     for row in sorted(results, key=lambda row: bool(row.stamps)):
         lines += [_line(row, views, pooled) for views in reversed(row.views)]
-    columns = ["setting", "views", "accuracy, %", _over(results), "± by images", "mean class, %", "± by images"]
+    columns = ["setting", "views", "accuracy, %", _over(results), "one more run", "± by images"]
+    columns += ["mean class, %", "mean class, 95 %", "± by images"]
     columns += ["pooled accuracy, %", "pooled mean class, %"] if pooled else []
-    columns += ["n", "seeds", "epoch chosen on", "core-minutes a run", "hardware", "commit"]
+    columns += ["n", "seeds", "epoch chosen on, its accuracy there", "core-minutes a run", "hardware", "commit"]
     notes = [NOTE, *([ABOUT_FOLDS] if "folds" in _over(results) else []), *([ABOUT_POOLED] if pooled else [])]
     return Table(title, columns, lines, " ".join(notes), left=2)
 
@@ -49,13 +50,14 @@ def _line(row: Result, views: str, pooled: bool) -> Row:
     acc, mean_acc = (row.interval(views, metric) for metric in METRICS)
     counts = row.confusion(views)
     images, together = round(counts.sum()), scores(counts, row.classes)
-    effective = row.effective_images(views)
+    effective = effective_images(*row.hits(views))
     half = wilson_half_width(together["acc"], effective)
-    (low, high), _ = bootstrap_scores(np.rint(counts).astype(np.int64), 0, effective)
+    (low, high), _ = bootstrap_scores(counts, 0, effective)
     chosen = [one.val_acc for one in row.repeats]
     minutes = [one.core_minutes for one in row.repeats]
-    cells = [words(row.setting), words(views), mean_std(*acc[:2]), interval(*acc[2:]), _half(half)]
-    cells += [mean_std(*mean_acc[:2]), _half((high - low) / 2)]
+    cells = [words(row.setting), words(views), mean_std(*acc[:2]), interval(*acc[2:])]
+    cells += [interval(*row.next_run(views, "acc")), _half(half)]
+    cells += [mean_std(*mean_acc[:2]), interval(*mean_acc[2:]), _half((high - low) / 2)]
     cells += [percent(together[metric]) if row.disjoint else NONE for metric in METRICS] if pooled else []
     cells += [number(images, 0), _seeds(row)]
     cells += [words(f"{CHOSEN[row.selected_on]}, {percent(float(np.mean(chosen))).text} %")]
@@ -121,20 +123,12 @@ def _difference(what: str, a: Result, views_a: str, b: Result, views_b: str) -> 
 
 def _over_images(a: Result, views_a: str, b: Result, views_b: str) -> Cell:
     """95 % interval of the difference in accuracy for other images of the kind; empty where they were not the same."""
-    others = {(one.fold, one.seed): one for one in b.repeats}
-    places = {key: (one, others[key]) for one in a.repeats if (key := (one.fold, one.seed)) in others}
-    if not places or any(one.images != other.images for one, other in places.values()):
+    tested = [{(one.seed, one.fold): one.images for one in row.repeats} for row in (a, b)]
+    both = tested[0].keys() & tested[1].keys()
+    if not both or any(tested[0][place] != tested[1][place] for place in both):
         return NONE
-    folds: dict[int | None, list[tuple[Repeat, Repeat]]] = defaultdict(list)
-    for (fold, _), pair in places.items():
-        folds[None if a.rotating else fold].append(pair)
-    right = [
-        np.concatenate([np.mean([pair[side].right(views) for pair in pairs], axis=0) for pairs in folds.values()])
-        for side, views in ((0, views_a), (1, views_b))
-    ]
-    people = [pairs[0][0].person for pairs in folds.values()]
-    person = np.concatenate([one + sum(map(len, people[:place])) for place, one in enumerate(people)])
-    outcome = paired_bootstrap(right[0], right[1], np.zeros(len(person)), RESAMPLES, 0, person=person)
+    (right, person), (other, _) = a.hits(views_a, both), b.hits(views_b, both)
+    outcome = paired_bootstrap(right, other, np.zeros(len(right)), RESAMPLES, 0, person=person)
     return interval(outcome.low, outcome.high)
 
 

@@ -64,7 +64,7 @@ def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
     text += results["weights"]
     val = results["metrics"]["val"]
     answers = read_answers(folder.predictions, results["classes"])
-    people, place = np.unique(answers.person, return_inverse=True)
+    several = len(np.unique(answers.person)) < len(answers.person)
     repeat = Repeat(
         seed=results["seed"],
         fold=results["fold"],
@@ -77,7 +77,7 @@ def _row(folder: RunFolder, results: dict[str, Any]) -> Result:
         val_mean_acc=val["mean_acc"],
         tests={results["tta"]: _rows_of(results)},
         images=hashlib.sha256(answers.image.tobytes()).hexdigest()[:12],
-        people=packed(place.astype(np.uint32)) if len(people) < len(place) else None,
+        people=packed(answers.person.astype(np.uint32)) if several else None,
         hits={results["tta"]: packed(np.packbits(answers.right))},
     )
     return Result(

@@ -13,7 +13,8 @@ from scipy import stats
 from fer.metrics import Array
 
 CONFIDENCE = 0.95
-RESAMPLES = 2000  # of `bootstrap_scores`
+RESAMPLES = 20_000  # of an interval: the second decimal of a percentage is then no chance
+AT_ONCE = 10_000_000  # counts drawn at a time
 PRIOR = 0.25  # images by which the bootstrap has each model ahead in each class before it sees any
 
 
@@ -52,6 +53,17 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float, float]:
     return mean, std, mean - half, mean + half
 
 
+def prediction_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's t interval, 95 %, of one more figure of the kind; NaN below two.
+
+    Source: Hahn and Meeker, Statistical Intervals (1991), section 4.7.
+    """
+    mean, std, *_ = mean_interval(values)
+    n = len(values)
+    half = float(stats.t.isf((1 - CONFIDENCE) / 2, n - 1)) * std * math.sqrt(1 + 1 / n) if n > 1 else math.nan
+    return mean - half, mean + half
+
+
 def repetitions(values: Mapping[tuple[int | None, int | None], float | None]) -> list[float]:
     """The figures that `mean_interval` may take for independent: of several folds one each, averaged over its seeds.
 
@@ -78,10 +90,41 @@ def repeated_over(values: Iterable[tuple[int | None, int | None]]) -> str:
     return "folds" if len({fold for _, fold in values}) > 1 else "seeds"
 
 
+def effective_images(right: Array, person: Array) -> float:
+    """How many images of as many people would tell the accuracy as well as these do: n over Kish's design effect.
+
+    Images of one person are alike, and frames of one video nearly the same picture, so a network tends to be right
+    about all of them or about none.
+
+    Args:
+        right: (n,) whether each image was named right, 0 or 1, or the mean of that over seeds.
+        person: (n,) who it shows; of its own where nobody is known.
+
+    Returns:
+        n over the ratio of the accuracy's variance, as estimated between people, to that of independent images; at most
+        n, and less where people are so few that this ratio is uncertain. Where all are right, or none, or there is one
+        person, nothing can be estimated: then what is left if a person's answers were all the same.
+
+    Source: Kish, Survey Sampling (1965), sections 5.4 and 8.2; for a proportion Rao and Scott, Biometrics 48 (1992),
+    577-585; for few people Korn and Graubard, Survey Methodology 24 (1998), 193-201.
+    """
+    people, place = np.unique(person, return_inverse=True)
+    n, count = len(right), len(people)
+    if count == n:
+        return float(n)
+    off = np.asarray(right, dtype=np.float64) - np.mean(right)
+    if count == 1 or not off.any():
+        return float(n**2 / (np.bincount(place) ** 2).sum())
+    alone = n / (n - 1) * (off**2).sum()
+    together = count / (count - 1) * (np.bincount(place, off) ** 2).sum()
+    few = stats.t.isf((1 - CONFIDENCE) / 2, [n - 1, count - 1])
+    return float(n / max(together / alone, 1.0) * (few[0] / few[1]) ** 2)
+
+
 def wilson(share: float, n: float) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of n images: the sampling error of a test part; NaN without images.
 
-    n is `fer.metrics.effective_images` where several images are of one person.
+    n is `effective_images` where several images are of one person.
 
     Source: Wilson, JASA 22 (1927), 209-212.
     """
@@ -90,7 +133,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     z = float(stats.norm.isf((1 - CONFIDENCE) / 2))
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = ((share + z * z / (2 * n) + side) / (1 + z * z / n) for side in (-half, half))
-    return low, high
+    return max(low, 0.0), min(high, 1.0)
 
 
 def wilson_half_width(share: float, n: float) -> float:
@@ -124,15 +167,16 @@ def bootstrap_scores(
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """95 % percentile intervals of mean class accuracy and macro F1 over images drawn with replacement.
 
-    Both depend on the confusion counts alone, and drawing images is drawing their cells.
+    Both depend on the confusion counts alone, and drawing images is drawing their cells. Where several are of one
+    person, drawing fewer is an approximation: it takes people to matter in each class as they do in all together.
 
     Args:
-        counts: (K, K), rows are labels.
+        counts: (K, K), rows are labels; means over several runs need not be whole.
         seed: of the drawing.
-        images: how many are drawn, `fer.metrics.effective_images` where several are of one person; None: all.
+        images: how many are drawn, `effective_images` where several are of one person; None: all.
     """
     k, total = len(counts), counts.sum()
-    n = total if images is None else round(images)
+    n = max(round(total if images is None else images), 1)
     drawn = np.random.default_rng(seed).multinomial(n, (counts / total).ravel(), size=RESAMPLES).reshape(-1, k, k)
     hits = drawn.diagonal(axis1=1, axis2=2)
     support, predicted = drawn.sum(2), drawn.sum(1)
@@ -149,6 +193,7 @@ def _sums(weights: Array) -> Array:
     chance = np.ones(1)
     for weight, times in zip(*np.unique(weights, return_counts=True), strict=True):
         alike = np.zeros(weight * times + 1)
+        # scipy takes longer for one coin than for all the rest.
         alike[::weight] = stats.binom.pmf(np.arange(times + 1), times, 0.5) if times > 1 else 0.5
         chance = np.convolve(chance, alike)
     return chance
@@ -163,7 +208,7 @@ def _people(person: Array | None, n: int) -> tuple[int, Array]:
 
 
 def mcnemar(right_a: Array, right_b: Array, person: Array | None = None) -> Comparison:
-    """McNemar's test on the same images, exact whatever their number; the balance of each person counts as one.
+    """McNemar's test on the same images, exact whatever their number; a person's images fall to one side together.
 
     Were the two alike, what a person's images say for a they would as likely say for b. With one image a person that
     is McNemar's test by the binomial distribution. With several, whose answers hang together, McNemar's own takes them
@@ -219,20 +264,27 @@ def paired_bootstrap(
     d = np.asarray(right_a, dtype=np.float64) - np.asarray(right_b, dtype=np.float64)
     names, place = np.unique(label, return_inverse=True)
     (people, who), classes = _people(person, len(d)), len(names)
-    support, gain = (
-        np.bincount(who * classes + place, weight, minlength=people * classes).reshape(people, classes)
-        for weight in (np.ones(len(d)), d)
-    )
-    # People whose images have the same classes and differences are alike: how many of each kind come is drawn.
-    kinds, count = np.unique(np.hstack([-support, np.round(gain, 9)]), axis=0, return_counts=True)
+    # Whose images have the same classes and differences are alike: how many of each kind come is drawn.
+    if people == len(d):
+        kinds, count = np.unique(np.stack([place, np.round(d, 9)], axis=1), axis=0, return_counts=True)
+        support = np.eye(classes)[kinds[:, 0].astype(int)]
+        gain = support * kinds[:, 1:]
+    else:
+        cell, size = who * classes + place, people * classes
+        tables = [np.bincount(cell, weight, minlength=size).reshape(people, -1) for weight in (np.ones(len(d)), d)]
+        kinds, count = np.unique(np.round(np.hstack(tables), 9), axis=0, return_counts=True)
+        support, gain = np.hsplit(kinds, 2)
     one = np.eye(classes).repeat(2, axis=0)
-    support = np.vstack([-kinds[:, :classes], one])
-    gain = np.vstack([kinds[:, classes:], one * np.tile([-1.0, 1.0], classes)[:, None]])
+    support, gain = np.vstack([support, one]), np.vstack([gain, one * np.tile([-1.0, 1.0], classes)[:, None]])
     weight = np.concatenate([count, np.full(len(one), prior)])
-    drawn = np.random.default_rng(seed).multinomial(people, weight / weight.sum(), size=resamples)
-    came, gained = drawn @ support, drawn @ gain
-    per_class = np.divide(gained, came, out=np.zeros_like(gained), where=came > 0)
-    sampled = np.round(per_class.sum(1) / (came > 0).sum(1), 12)  # a tie is zero, whatever the order of the sum
+    generator, parts = np.random.default_rng(seed), []
+    for start in range(0, resamples, chunk := max(AT_ONCE // len(weight), 1)):
+        size = min(chunk, resamples - start)
+        drawn = generator.multinomial(people, weight / weight.sum(), size=size)
+        came, gained = drawn @ support, drawn @ gain
+        per_class = np.divide(gained, came, out=np.zeros_like(gained), where=came > 0)
+        parts.append(np.round(per_class.sum(1) / (came > 0).sum(1), 12))  # a tie is zero, whatever the order of the sum
+    sampled = np.concatenate(parts)
     low, high = np.quantile(sampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     tail = min((sampled <= 0).sum(), (sampled >= 0).sum())
     seen = float(np.mean(np.bincount(place, d) / np.bincount(place)))

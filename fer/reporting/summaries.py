@@ -5,8 +5,10 @@ differences need.
 """
 
 import base64
+import math
 import zlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ import numpy as np
 
 from fer.config import CONF
 from fer.errors import UserError
-from fer.metrics import Array, effective_images, scores
-from fer.reporting.statistics import mean_interval, repeated_over, repetitions
+from fer.metrics import Array, scores
+from fer.reporting.statistics import mean_interval, prediction_interval, repeated_over, repetitions
 from fer.runs import read_json, write_json
 
 TRAIN = "python -m fer.train"
@@ -48,7 +50,7 @@ class Repeat:
         val_acc, val_mean_acc: scores of the chosen epoch where it was chosen.
         tests: by views, the test's confusion matrix, a row of counts per label.
         images: digest of the images tested.
-        people: where several show one person, of each image who, else None; packed as `packed` does.
+        people: where several show one person, of each image a hash of who, else None; packed as `packed` does.
         hits: by views, of each image whether it was named right; packed.
     """
 
@@ -76,10 +78,9 @@ class Repeat:
         return np.unpackbits(_unpacked(self.hits[views], np.uint8), count=n).astype(bool)
 
     @property
-    def person(self) -> Array:
-        """(n,) numbers of who each image shows; of its own where nobody comes twice."""
-        n = int(self.confusion(next(iter(self.tests))).sum())
-        return np.arange(n) if self.people is None else _unpacked(self.people, np.uint32)
+    def person(self) -> Array | None:
+        """(n,) hashes of who each image shows; None: nobody comes twice."""
+        return None if self.people is None else _unpacked(self.people, np.uint32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +150,26 @@ class Result:
         total: Array = np.mean(counts, axis=0) if self.rotating else np.sum(counts, axis=0)
         return total
 
-    def effective_images(self, views: str) -> float:
-        """`fer.metrics.effective_images` of what `confusion` counts, people standing in one fold only."""
-        parts = [[one for one in self.repeats if one.fold == fold] for fold in self.folds]
-        found = [
-            effective_images(np.mean([one.right(views) for one in part], axis=0), part[0].person) for part in parts
-        ]
-        return float(np.mean(found) if self.rotating else np.sum(found))
+    def hits(self, views: str, seeds: Collection[tuple[int, int | None]] | None = None) -> tuple[Array, Array]:
+        """What every test image once, as `confusion` counts them, was named.
+
+        Args:
+            views: of the test.
+            seeds: the repeats that count, by seed and fold; None: all.
+
+        Returns:
+            (n,) how often each image was named right, mean over the repeats that tested it, and (n,) who it shows.
+        """
+        parts: dict[str, list[Repeat]] = defaultdict(list)
+        for one in self.repeats:
+            if seeds is None or (one.seed, one.fold) in seeds:
+                parts[one.images].append(one)
+        right = [np.mean([one.right(views) for one in part], axis=0) for part in parts.values()]
+        known = [part[0].person for part in parts.values()]
+        count = sum(map(len, right))
+        alone = iter(np.split(np.arange(count) + 2**32, np.cumsum([len(one) for one in right])[:-1]))
+        person = [own if found is None else found.astype(np.int64) for found, own in zip(known, alone, strict=True)]
+        return np.concatenate(right), np.concatenate(person)
 
     def values(self, views: str, metric: str) -> dict[tuple[int | None, int | None], float]:
         """``acc`` or ``mean_acc`` of the test of every repeat, by seed and fold."""
@@ -164,6 +178,12 @@ class Result:
     def interval(self, views: str, metric: str) -> tuple[float, float, float, float]:
         """Mean, standard deviation and 95 % interval over folds, the seeds of each averaged, or else over seeds."""
         return mean_interval(repetitions(self.values(views, metric)))
+
+    def next_run(self, views: str, metric: str) -> tuple[float, float]:
+        """95 % interval of one more seed; NaN of folds, each of which has images of its own."""
+        if len(self.folds) > 1:
+            return math.nan, math.nan
+        return prediction_interval(list(self.values(views, metric).values()))
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -193,13 +213,32 @@ def _result(entry: Any, where: str) -> Result:
         inside = f"{where}, repeat {place}"
         check_fields(Repeat, one, inside)
         repeats.append(Repeat(**one))
+        _check_hits(repeats[-1], inside)
         for views in repeats[-1].tests:
             counted = int(repeats[-1].confusion(views).sum())
             if (one["fold"] is None or entry["rotating"]) and counted != entry["n"]["test"]:
                 raise UserError(f"{inside}: its test with views {views} counts {counted} images, not n.test")
     if not repeats:
         raise UserError(f"{where} has no repeats: a row stands for at least one training")
-    return Result(**{**entry, "repeats": repeats})
+    result = Result(**{**entry, "repeats": repeats})
+    for fold in [None] if result.rotating else result.folds:
+        if len({one.images for one in repeats if result.rotating or one.fold == fold}) > 1:
+            raise UserError(f"{where}: its repeats tested other images, though the fold is the same")
+    return result
+
+
+def _check_hits(one: Repeat, where: str) -> None:
+    """Refuse a repeat whose hits are not those of its confusion matrices."""
+    if one.hits.keys() != one.tests.keys():
+        raise UserError(f"{where}: its tests have the views {', '.join(one.tests)}, its hits {', '.join(one.hits)}")
+    for views in one.tests:
+        counts = one.confusion(views)
+        try:
+            right, person = one.right(views), one.person
+        except (ValueError, zlib.error) as error:
+            raise UserError(f"{where}: its hits cannot be unpacked ({error})") from None
+        if right.sum() != counts.trace() or (person is not None and len(person) != counts.sum()):
+            raise UserError(f"{where}: its hits with views {views} are not those of its confusion matrix")
 
 
 def check_fields(kind: type, entry: Any, where: str) -> None:
