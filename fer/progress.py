@@ -30,6 +30,9 @@ class Bar(RichProgressBar):
 class Lines(Callback):
     """A line for each epoch, for logs of schedulers and other files."""
 
+    def __init__(self) -> None:
+        self._began = time.monotonic()  # a run that goes on within an epoch does not begin it
+
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Start the clock."""
         self._began = time.monotonic()
@@ -37,8 +40,9 @@ class Lines(Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Say what the epoch, validation included, came to."""
         if trainer.is_global_zero:
-            found = {name: trainer.callback_metrics.get(name) for name in ("train/loss", pl_module.monitor)}
-            told = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if value is not None)
+            metrics = trainer.callback_metrics
+            names = [name for name in ("train/loss", pl_module.monitor, f"val/{pl_module.monitor}") if name in metrics]
+            told = ", ".join(f"{name} {metrics[name]:.4f}" for name in names)
             seconds = time.monotonic() - self._began
             print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {told}, {seconds:,.0f} s", flush=True)
 

@@ -19,7 +19,7 @@ from fer.data.base import ExpressionDataModule
 from fer.errors import UserError
 from fer.loggers import Wandb
 from fer.pretraining.base import Pretraining
-from fer.progress import Bar
+from fer.progress import progress
 from fer.runs import RunFolder, code_version, git_commit, read_json, versions, write_json
 from fer.session import claim, console, preflight, print_data, protect, record_of, set_threads, status_kept
 from fer.stopping import Stop
@@ -109,7 +109,7 @@ def _train(
     curves = LowestKept(folder, config.trainer.checkpoint_minutes, config.trainer.checkpoint_steps, stop)
     callbacks: list[Any] = [Randomness(config.seed), curves]
     if config.trainer.enable_progress_bar:
-        callbacks.append(Bar())
+        callbacks.append(progress())
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder.path))
     assert isinstance(trainer, Trainer)
     guard = protect(module, trainer, folder)
