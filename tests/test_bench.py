@@ -238,8 +238,9 @@ def test_the_bar_moves_once_a_second_and_at_the_end(monkeypatch: pytest.MonkeyPa
     assert moved == [0, 3, 9]
 
 
-def test_the_callbacks_of_the_test_alone_cost_no_training_step(tmp_path: Path) -> None:
+def test_the_callbacks_of_the_test_alone_cost_no_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning calls every hook of every callback in each step."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     config = composed(*TINY, "trainer.enable_progress_bar=true")
     folder = RunFolder(tmp_path)
     module: Any = object()  # no detector

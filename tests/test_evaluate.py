@@ -239,7 +239,8 @@ def test_subgroups_count_their_images() -> None:
     rows = np.arange(100, 160)
     gender = np.array(["", "female", "male"])[np.arange(200) % 3]
     one = answers(p, label, rows=rows)
-    record = subgroup_record(one, {"gender": gender, "name": np.arange(200).astype(str)}, most=20)
+    attributes = {"gender": gender, "name": np.arange(200).astype(str)}
+    record = subgroup_record(one, rows, attributes, most=20)
     assert record["left_out"] == {"name": 60}
     assert set(record["groups"]["gender"]) == {"unknown", "female", "male"}
     inside = gender[rows] == "female"
@@ -251,6 +252,14 @@ def test_subgroups_count_their_images() -> None:
     centre = (share + z * z / 2 / n) / (1 + z * z / n)
     assert (found["low"], found["high"]) == (pytest.approx(centre - half), pytest.approx(centre + half))
     assert sum(group["n"] for group in record["groups"]["gender"].values()) == 60
+    # Five people, each right in all images or in none, are no sixty.
+    one = answers(
+        np.eye(p.shape[1])[np.where(np.arange(60) % 5 < 3, label, (label + 1) % p.shape[1])], label, rows=rows
+    )
+    wide = subgroup_record(one, np.arange(60) % 5, attributes, most=20)["groups"]["gender"]["female"]
+    apart = subgroup_record(one, rows, attributes, most=20)["groups"]["gender"]["female"]
+    assert wide["acc"] == apart["acc"]
+    assert wide["high"] - wide["low"] > 1.4 * (apart["high"] - apart["low"])
 
 
 # -- ensembles and classes ----------------------------------------------------------------------------------------
