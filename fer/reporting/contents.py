@@ -11,6 +11,7 @@ from fer.reporting.benches import Bench
 from fer.reporting.claims import Beside, Claim
 from fer.reporting.comparisons import METRICS, Verdict
 from fer.reporting.groups import Group
+from fer.reporting.results import hardware_of
 from fer.reporting.statistics import wilson_half_width
 from fer.reporting.tables import ABOUT_POOLED, DASH, NONE, Cell, Row, Table, interval, mean_std, number, percent, words
 
@@ -280,12 +281,18 @@ def runs(group: Group, root: Path) -> Table:
         cells += [percent(test.get("acc")), percent(test.get("mean_acc")), percent(test.get("macro_f1"))]
         cells += [number(first["best_epoch"] + 1, 0), number(first["n"]["test"], 0)]
         cells += [words(str(first.get("code_version", ""))), words(first["split_fingerprint"])]
+        hardware = hardware_of(first) if first.get("machine") else ""
+        spent = None if first.get("cpu_seconds") is None else first["cpu_seconds"] / 60
+        cells += [words(str(first.get("git_commit") or "")), words(hardware), number(spent, 1)]
+        cells += [words(str(first.get("command", "")))]
         record = {"group": group.id, "run": cells[0].text, "fold": run.fold, "seed": run.seed, "n": first["n"]["test"]}
         record |= {metric: test.get(metric) for metric in SHOWN} | {"best_epoch": first["best_epoch"]}
         record |= {"code_version": first.get("code_version"), "split_fingerprint": first["split_fingerprint"]}
+        record |= {"git_commit": first.get("git_commit"), "hardware": hardware, "core_minutes": spent}
+        record |= {"command": first.get("command")}
         rows.append(Row(cells, record, run.stamps))
     columns = ["run", "fold", "seed", "accuracy, %", "mean class, %", "macro F1, %", "epoch", "images", "code", "split"]
-    return Table("", columns, rows)
+    return Table("", [*columns, "commit", "hardware", "core-minutes", "command"], rows)
 
 
 def compared(verdicts: Sequence[Verdict]) -> Table:
