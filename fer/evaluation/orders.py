@@ -32,8 +32,7 @@ def orders_record(read: Read, datas: Sequence[ExpressionDataModule], tta: str, c
     Returns:
         ``by_class`` and a list ``drawn``, each with ``acc`` and ``mean_acc``; ``changed``, the images whose answer is
         not the same in all orders; and ``difference`` in accuracy, by class minus the mean of the drawn orders, with
-        ``low`` and ``high``, its 95 % interval by a bootstrap over people, or images where
-        those are not known.
+        ``low`` and ``high``, its 95 % interval by a bootstrap over people, or images where those are not known.
     """
     label, test = datas[0].label, datas[0].split.test
     by_class = test[np.argsort(label[test], kind="stable")]
