@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, RichProgressBar
 
 PERIOD = 1.0  # s between two looks of the bar; drawing it takes milliseconds, more than many a step
 
@@ -27,8 +27,11 @@ class Bar(RichProgressBar):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
-class Lines(Callback):
-    """A line for each epoch, for logs of schedulers and other files."""
+class Lines(Checkpoint):
+    """A line for each epoch, for logs of schedulers and other files.
+
+    Derives from Lightning's `Checkpoint` only to be called after the module has logged its epoch.
+    """
 
     def __init__(self) -> None:
         self._began = time.monotonic()  # a run that goes on within an epoch does not begin it
